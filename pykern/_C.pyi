@@ -12,7 +12,6 @@ from typing import Any
 Array = Any
 Activation = str  # "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid"
 
-class Error(Exception): ...
 
 # ---- runtime
 def isa() -> str: ...

@@ -1,0 +1,39 @@
+# make demo | test | bench | lint    each sets itself up in .venv
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+ISAS ?=
+
+.PHONY: all demo test bench lint format inplace clean
+all: $(VENV)/ready
+
+# Editable install: rebuilt when the build files or the kernels change.
+$(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
+	$(RUN) -m pip install -q -c constraints.txt torch numpy
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[lm,test]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(RUN) examples/demo.py $(DEMO)
+
+test: $(VENV)/ready
+	$(RUN) -m pytest $(TESTS)
+
+bench: $(VENV)/ready
+	$(RUN) -m benchmarks
+
+lint:
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+# Builds the extension into pykern/ for work on the kernels, with the packages that PYTHON has.
+inplace:
+	cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(shell command -v $(PYTHON)) \
+	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) $(if $(ISAS),"-DPYKERN_ISAS=$(ISAS)") \
+	  $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) >/dev/null
+	cmake --build build/inplace
+	cp build/inplace/_C*.so pykern/
+
+clean:
+	rm -rf build $(VENV) pykern/_C*.so

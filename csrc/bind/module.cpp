@@ -1,0 +1,53 @@
+// The Python module: errors, the runtime, and one bind function per op.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bind/borrow.h"
+#include "runtime/runtime.h"
+
+namespace pykern {
+
+// bind_<room>, defined in bind/<room>.cpp
+#define PYKERN_ROOMS(X) X(activation)
+
+#define PYKERN_DECLARE(room) void bind_##room(py::module_& m);
+PYKERN_ROOMS(PYKERN_DECLARE)
+#undef PYKERN_DECLARE
+
+static PyObject* exception_of(Kind kind) {
+  switch (kind) {
+    case Kind::type: return PyExc_TypeError;
+    case Kind::value: return PyExc_ValueError;
+    case Kind::index: return PyExc_IndexError;
+    case Kind::runtime: return PyExc_RuntimeError;
+  }
+  return PyExc_RuntimeError;
+}
+
+static void translate(std::exception_ptr pending) {
+  try {
+    if (pending) std::rethrow_exception(pending);
+  } catch (const Error& error) {
+    PyErr_SetString(exception_of(error.kind), error.what());
+  }
+}
+
+}  // namespace pykern
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pykern;
+  m.doc() = "pykern's compiled kernels; see _C.pyi";
+  py::register_local_exception_translator(translate);
+
+  m.def("isa", runtime::isa);
+  m.def("isas", runtime::isas);
+  m.def("num_threads", runtime::threads);
+  m.def("set_num_threads", runtime::set_threads, py::arg("n"));
+  m.def("cuda_status", runtime::cuda_status);
+  m.def("borrow_path",
+        [](py::handle array) { return Borrowed(array, "borrow_path", "array").path(); });
+
+#define PYKERN_BIND(room) bind_##room(m);
+  PYKERN_ROOMS(PYKERN_BIND)
+#undef PYKERN_BIND
+}

@@ -1,0 +1,166 @@
+// Elementary functions and activations over Vec, with their derivatives.
+//   exp: 2^n p(r), x = n ln 2 + r;  Phi(x) = P(N(0,1) <= x) by the scaled complementary error
+//   function;  every activation is x times a gate, or the gate itself.
+#pragma once
+#include <math.h>
+
+#include "cpu/vec.h"
+#include "ops/activation.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+// 2^n for integral n in [-1022, 1023] ([-126, 127] in float)
+static inline VecF power_of_two(VecF n) {
+  using Int = Registers<float>::Int;
+  return {(VecF::Reg)((__builtin_convertvector(n.r, Int) + 127) << 23)};
+}
+static inline VecD power_of_two(VecD n) {
+  using Int = Registers<double>::Int;
+  return {(VecD::Reg)((__builtin_convertvector(n.r, Int) + 1023) << 52)};
+}
+
+// Adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
+static inline VecF round(VecF x) {
+  const VecF magic = VecF::splat(12582912.0f);
+  return {(x.r + magic.r) - magic.r};
+}
+static inline VecD round(VecD x) {
+  const VecD magic = VecD::splat(6755399441055744.0);
+  return {(x.r + magic.r) - magic.r};
+}
+
+template <class C, int n>
+static inline Vec<C> polynomial(Vec<C> x, const C (&c)[n]) {  // c[0] + c[1] x + ...
+  Vec<C> y = Vec<C>::splat(c[n - 1]);
+#pragma GCC unroll 16
+  for (int i = n - 2; i >= 0; --i) y = fma(y, x, Vec<C>::splat(c[i]));
+  return y;
+}
+
+// Two halves of the exponent, so that results below the normal range come out right.
+template <class C>
+static inline Vec<C> scale_by_power(Vec<C> x, Vec<C> n) {
+  const Vec<C> half = round(n * Vec<C>::splat(C(0.5)));
+  return x * power_of_two(half) * power_of_two(n - half);
+}
+
+static inline VecF exp(VecF x) {
+  // exp(r) = 1 + r + r^2 q(r); q fitted on |r| <= ln 2 / 2, relative error 1.1e-8
+  constexpr float q[] = {0.5f, 0.16666573286f, 0.04166645556f, 0.00836377684f, 0.00139345427f};
+  x = select(x < VecF::splat(-104.0f), VecF::splat(-104.0f), x);  // exp(-104) rounds to 0
+  x = select(x > VecF::splat(89.0f), VecF::splat(89.0f), x);      // exp(89) rounds to infinity
+  const VecF n = round(x * VecF::splat(1.44269504f));
+  VecF r = fma(n, VecF::splat(-0.693145752f), x);  // ln 2 in two parts
+  r = fma(n, VecF::splat(-1.42860677e-6f), r);
+  const VecF p = fma(r * r, polynomial(r, q), r) + VecF::splat(1.0f);
+#if defined(__AVX512F__)
+  return {(VecF::Reg)_mm512_scalef_ps((__m512)p.r, (__m512)n.r)};
+#else
+  return scale_by_power(p, n);
+#endif
+}
+
+static inline VecD exp(VecD x) {
+  // the Taylor series to r^13: remainder 4e-18 on |r| <= ln 2 / 2
+  constexpr double c[] = {1.0,
+                          1.0,
+                          1.0 / 2,
+                          1.0 / 6,
+                          1.0 / 24,
+                          1.0 / 120,
+                          1.0 / 720,
+                          1.0 / 5040,
+                          1.0 / 40320,
+                          1.0 / 362880,
+                          1.0 / 3628800,
+                          1.0 / 39916800,
+                          1.0 / 479001600,
+                          1.0 / 6227020800.0};
+  x = select(x < VecD::splat(-746.0), VecD::splat(-746.0), x);
+  x = select(x > VecD::splat(710.0), VecD::splat(710.0), x);
+  const VecD n = round(x * VecD::splat(1.4426950408889634));
+  VecD r = fma(n, VecD::splat(-0.6931471803691238), x);
+  r = fma(n, VecD::splat(-1.9082149292705877e-10), r);
+  return scale_by_power(polynomial(r, c), n);
+}
+
+template <class C>
+static inline Vec<C> sigmoid(Vec<C> x) {
+  const Vec<C> one = Vec<C>::splat(C(1));
+  return one / (one + exp(-x));
+}
+
+// The standard normal distribution function and, through density, its derivative.
+static inline VecF normal_cdf(VecF x, VecF* density) {
+  // erfcx(z) = exp(z^2) erfc(z) = t c(t) with t = 1 / (1 + 0.4 z); relative error 6.6e-9
+  constexpr float c[] = {0.22573486f,  0.22443030f, 0.21910424f,  0.11073426f, 0.32545411f,
+                         -0.38161849f, 0.66212839f, -0.58339567f, 0.23347009f, -0.03604209f};
+  const VecF one = VecF::splat(1.0f);
+  const VecF z = abs(x) * VecF::splat(0.70710678f);
+  const VecF t = one / fma(z, VecF::splat(0.4f), one);
+  const VecF bell = exp(x * x * VecF::splat(-0.5f));
+  const VecF tail = VecF::splat(0.5f) * bell * t * polynomial(t, c);
+  *density = bell * VecF::splat(0.39894228f);
+  return select(x < VecF::zero(), tail, one - tail);
+}
+static inline VecD normal_cdf(VecD x, VecD* density) {
+  VecD phi;
+  for (int i = 0; i < VecD::lanes; ++i) phi.r[i] = 0.5 * erfc(-x.r[i] * 0.7071067811865476);
+  *density = exp(x * x * VecD::splat(-0.5)) * VecD::splat(0.3989422804014327);
+  return phi;
+}
+
+// f(x)
+template <Activation f, class C>
+static inline Vec<C> activate(Vec<C> x) {
+  using V = Vec<C>;
+  if constexpr (f == Activation::relu) return max(x, V::zero());
+  if constexpr (f == Activation::sigmoid) return sigmoid(x);
+  if constexpr (f == Activation::silu) return x * sigmoid(x);
+  if constexpr (f == Activation::gelu) {
+    V density;
+    return x * normal_cdf(x, &density);
+  }
+  if constexpr (f == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = sigmoid(2 u)
+    const V u2 =
+        V::splat(C(1.5957691216057308)) * x * fma(V::splat(C(0.044715)) * x, x, V::splat(C(1)));
+    return x * sigmoid(u2);
+  }
+  return x;
+}
+
+// f'(x)
+template <Activation f, class C>
+static inline Vec<C> derivative(Vec<C> x) {
+  using V = Vec<C>;
+  const V one = V::splat(C(1)), far = V::splat(C(50));
+  // Far out every derivative but relu's is constant; without the bound, infinity times 0 appears.
+  x = select(x > far, far, select(x < -far, -far, x));
+  if constexpr (f == Activation::relu)
+    return select(x > V::zero(), one, select(x == x, V::zero(), x));
+  if constexpr (f == Activation::sigmoid) {
+    const V e = exp(-x), s = one / (one + e);
+    return s * (e * s);
+  }
+  if constexpr (f == Activation::silu) {
+    const V e = exp(-x), s = one / (one + e);
+    return s * fma(x, e * s, one);
+  }
+  if constexpr (f == Activation::gelu) {
+    V density;
+    const V cdf = normal_cdf(x, &density);
+    return fma(x, density, cdf);
+  }
+  if constexpr (f == Activation::gelu_tanh) {
+    const V k = V::splat(C(1.5957691216057308)), c = V::splat(C(0.044715));
+    const V e = exp(min(-(k * x * fma(c * x, x, one)), V::splat(C(80))));
+    const V s = one / (one + e), rest = e * s;  // 1 - s without cancellation
+    const V du2 = k * fma(V::splat(C(3)) * c * x, x, one);
+    return s * fma(x * rest, du2, one);
+  }
+  return one;
+}
+
+}  // namespace
+PYKERN_END_ISA

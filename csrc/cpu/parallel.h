@@ -1,0 +1,31 @@
+// parallel_for(n, threads, body): body(i, thread) for i in 0..n-1. Iterations are independent and
+// each writes its own outputs, so the result does not depend on which thread runs which.
+#pragma once
+#include <omp.h>
+
+#include "core/tensor.h"
+#include "cpu/isa.h"
+
+PYKERN_BEGIN_ISA
+
+// thread counts from 0 to threads - 1 and picks scratch memory.
+template <class Body>
+static inline void parallel_for(int64_t n, int threads, const Body& body) {
+  if (threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i, 0);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+}
+
+// body(first, last, thread) over chunks of grain rows, the last one shorter.
+template <class Body>
+static inline void parallel_rows(int64_t n, int64_t grain, int threads, const Body& body) {
+  parallel_for((n + grain - 1) / grain, threads, [&](int64_t chunk, int thread) {
+    const int64_t first = chunk * grain;
+    body(first, first + grain < n ? first + grain : n, thread);
+  });
+}
+
+PYKERN_END_ISA

@@ -1,0 +1,319 @@
+// Vec<float>, Vec<double>: as many numbers as one register of this ISA holds. The same names and
+// the same meaning on every ISA; the only file with intrinsics. Storage types are float, double,
+// bf16 and f16: the last two are computed in float.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>  // integer_sequence
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/isa.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+using f16 = _Float16;
+
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class C>
+struct Registers;
+template <>
+struct Registers<float> {
+  typedef float Reg __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct Registers<double> {
+  typedef double Reg __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+// One of two per lane: the result of a comparison, all ones or all zeros.
+template <class C>
+struct Mask {
+  typename Registers<C>::Int r;
+  Mask operator&(Mask b) const { return {r & b.r}; }
+  Mask operator|(Mask b) const { return {r | b.r}; }
+};
+
+template <class C>
+struct Vec {
+  using Reg = typename Registers<C>::Reg;
+  static constexpr int lanes = kVectorBytes / sizeof(C);
+  Reg r;
+
+  static Vec zero() { return {Reg{}}; }
+  static Vec splat(C x) { return {x - Reg{}}; }
+  Vec operator+(Vec b) const { return {r + b.r}; }
+  Vec operator-(Vec b) const { return {r - b.r}; }
+  Vec operator*(Vec b) const { return {r * b.r}; }
+  Vec operator/(Vec b) const { return {r / b.r}; }
+  Vec operator-() const { return {-r}; }
+  Mask<C> operator<(Vec b) const { return {r < b.r}; }
+  Mask<C> operator>(Vec b) const { return {r > b.r}; }
+  Mask<C> operator==(Vec b) const { return {r == b.r}; }
+  Mask<C> operator!=(Vec b) const { return {r != b.r}; }
+
+  // Halves are added first to last lane pair by pair: a fixed tree, the same on every call.
+  C sum() const {
+    C lane[lanes];
+    memcpy(lane, &r, sizeof r);
+    for (int width = lanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+  }
+  C max() const {  // of lanes without NaN
+    C lane[lanes];
+    memcpy(lane, &r, sizeof r);
+    for (int width = lanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i)
+        lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
+    return lane[0];
+  }
+};
+
+using VecF = Vec<float>;
+using VecD = Vec<double>;
+
+// ---- arithmetic
+
+static inline VecF fma(VecF a, VecF b, VecF c) {
+#if defined(__AVX512F__)
+  return {(VecF::Reg)_mm512_fmadd_ps((__m512)a.r, (__m512)b.r, (__m512)c.r)};
+#elif defined(__AVX2__)
+  return {(VecF::Reg)_mm256_fmadd_ps((__m256)a.r, (__m256)b.r, (__m256)c.r)};
+#else
+  return {a.r * b.r + c.r};
+#endif
+}
+static inline VecD fma(VecD a, VecD b, VecD c) {
+#if defined(__AVX512F__)
+  return {(VecD::Reg)_mm512_fmadd_pd((__m512d)a.r, (__m512d)b.r, (__m512d)c.r)};
+#elif defined(__AVX2__)
+  return {(VecD::Reg)_mm256_fmadd_pd((__m256d)a.r, (__m256d)b.r, (__m256d)c.r)};
+#else
+  return {a.r * b.r + c.r};
+#endif
+}
+
+template <class C>
+static inline Vec<C> select(Mask<C> m, Vec<C> yes, Vec<C> no) {
+  return {m.r ? yes.r : no.r};
+}
+// A NaN in a is kept, a NaN in b is not.
+template <class C>
+static inline Vec<C> max(Vec<C> a, Vec<C> b) {
+  return select(b > a, b, a);
+}
+template <class C>
+static inline Vec<C> min(Vec<C> a, Vec<C> b) {
+  return select(b < a, b, a);
+}
+template <class C>
+static inline Vec<C> abs(Vec<C> a) {
+  using Bits = typename Registers<C>::Bits;
+  return {(typename Vec<C>::Reg)((Bits)a.r & ~((Bits{} + 1) << (sizeof(C) * 8 - 1)))};
+}
+static inline VecF sqrt(VecF a) {
+#if defined(__AVX512F__)
+  return {(VecF::Reg)_mm512_sqrt_ps((__m512)a.r)};
+#elif defined(__AVX2__)
+  return {(VecF::Reg)_mm256_sqrt_ps((__m256)a.r)};
+#else
+  for (int i = 0; i < VecF::lanes; ++i) a.r[i] = __builtin_sqrtf(a.r[i]);
+  return a;
+#endif
+}
+static inline VecD sqrt(VecD a) {
+#if defined(__AVX512F__)
+  return {(VecD::Reg)_mm512_sqrt_pd((__m512d)a.r)};
+#elif defined(__AVX2__)
+  return {(VecD::Reg)_mm256_sqrt_pd((__m256d)a.r)};
+#else
+  for (int i = 0; i < VecD::lanes; ++i) a.r[i] = __builtin_sqrt(a.r[i]);
+  return a;
+#endif
+}
+
+// ---- single numbers of the storage types
+
+static inline float widen(float x) { return x; }
+static inline double widen(double x) { return x; }
+static inline float widen(f16 x) { return static_cast<float>(x); }
+static inline float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+template <class T>
+static inline T narrow(Compute<T> x) {
+  return static_cast<T>(x);
+}
+template <>
+inline bf16 narrow<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// ---- loads and stores, converting between storage and compute type
+
+template <class C>
+static inline Vec<C> load(const C* p) {
+  Vec<C> v;
+  memcpy(&v.r, p, sizeof v.r);
+  return v;
+}
+static inline VecF load(const bf16* p) {
+  Registers<float>::Half half;
+  memcpy(&half, p, sizeof half);
+  return {(VecF::Reg)(__builtin_convertvector(half, Registers<float>::Bits) << 16)};
+}
+static inline VecF load(const f16* p) {
+#if defined(__AVX512F__)
+  return {(VecF::Reg)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+#elif defined(__AVX2__)
+  return {(VecF::Reg)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+#else
+  VecF v;
+  for (int i = 0; i < VecF::lanes; ++i) v.r[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+template <class C>
+static inline void store(C* p, Vec<C> v) {
+  memcpy(p, &v.r, sizeof v.r);
+}
+static inline void store(bf16* p, VecF v) {
+  using Bits = Registers<float>::Bits;
+  const Bits bits = (Bits)v.r;
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Bits quiet = bits >> 16 | 0x40;
+  const auto half = __builtin_convertvector(v.r == v.r ? rounded : quiet, Registers<float>::Half);
+  memcpy(p, &half, sizeof half);
+}
+static inline void store(f16* p, VecF v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v.r, 0));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v.r, 0));
+#else
+  for (int i = 0; i < VecF::lanes; ++i) p[i] = static_cast<f16>(v.r[i]);
+#endif
+}
+
+// The first n lanes, n < lanes: memory behind them is neither read nor written; lanes are 0.
+template <class T>
+static inline Vec<Compute<T>> load(const T* p, int n) {
+  T buffer[Vec<Compute<T>>::lanes] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+static inline void store(T* p, Vec<Compute<T>> v, int n) {
+  T buffer[Vec<Compute<T>>::lanes];
+  store(buffer, v);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+// ---- lane i of the result is on when bit first + i of word is
+
+template <class C>
+static inline Mask<C> lanes_of(uint64_t word, int first) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4)
+    return {(typename Registers<C>::Int)_mm512_movm_epi32(static_cast<__mmask16>(word >> first))};
+  else
+    return {(typename Registers<C>::Int)_mm512_movm_epi64(static_cast<__mmask8>(word >> first))};
+#else
+  using Bits = typename Registers<C>::Bits;
+  Bits bit;
+  for (int i = 0; i < Vec<C>::lanes; ++i) bit[i] = 1u << i;
+  const Bits on = (Bits{} + (word >> first)) & bit;
+  return {(typename Registers<C>::Int)(on == bit)};
+#endif
+}
+
+// ---- transposition of a square of registers, for 4- and 8-byte units
+
+template <class R, int... I>
+static inline R zip_low(R a, R b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 2 + I % 2 * static_cast<int>(sizeof...(I)))...);
+}
+template <class R, int... I>
+static inline R zip_high(R a, R b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+}
+
+// rows[i] lane j  ->  rows[j] lane i. Each round interleaves row i with row i + half.
+template <class C>
+static inline void transpose(Vec<C> (&rows)[Vec<C>::lanes]) {
+  constexpr int n = Vec<C>::lanes;
+  constexpr auto lane = std::make_integer_sequence<int, n>();
+  for (int round = 1; round < n; round *= 2) {
+    Vec<C> next[n];
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i].r = zip_low(rows[i].r, rows[i + n / 2].r, lane);
+      next[2 * i + 1].r = zip_high(rows[i].r, rows[i + n / 2].r, lane);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// ---- pairs of bf16 in a 32-bit lane: the low half is the even one
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16Dot = true;
+// acc + a_even b_even + a_odd b_odd
+static inline VecF dot_pairs(VecF acc, VecF a, VecF b) {
+  return {(VecF::Reg)_mm512_dpbf16_ps((__m512)acc.r, (__m512bh)a.r, (__m512bh)b.r)};
+}
+// even in the low halves, odd in the high halves
+static inline VecF pack_pairs(VecF even, VecF odd) {
+  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even.r));
+  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd.r));
+  return {(VecF::Reg)_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+}
+// the bf16 of v, in order
+static inline void store_bf16(uint16_t* p, VecF v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v.r));
+}
+#else
+constexpr bool kHasBf16Dot = false;
+#endif
+
+}  // namespace
+PYKERN_END_ISA

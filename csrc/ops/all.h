@@ -1,0 +1,22 @@
+// Every op: its contract, and the list from which the dispatch table and the CUDA twins are made.
+#pragma once
+#include "ops/activation.h"
+
+// X(kernel, argument struct)
+#define PYKERN_OPS(X)                        \
+  X(activation_forward, ActivationForward)   \
+  X(activation_backward, ActivationBackward) \
+  X(swiglu_forward, SwigluForward)           \
+  X(swiglu_backward, SwigluBackward)
+
+namespace pykern {
+#define PYKERN_DECLARE(kernel, Op)          \
+  namespace cpu {                           \
+  void kernel(const Op& op);                \
+  }                                         \
+  namespace cuda {                          \
+  void kernel(const Op& op, Stream stream); \
+  }
+PYKERN_OPS(PYKERN_DECLARE)
+#undef PYKERN_DECLARE
+}  // namespace pykern

@@ -1,0 +1,17 @@
+// What the process chose: the ISA, the thread count, whether CUDA can run.
+#pragma once
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace pykern::runtime {
+
+const char* isa();  // the one in use: $PYKERN_ISA, or the best that this processor runs
+std::vector<std::pair<std::string, bool>> isas();  // built in, best first; does it run here?
+
+int threads();                // of the next kernel; 1 in a forked child
+void set_threads(int count);  // 0: what OpenMP says on the calling thread, as torch sets it
+
+std::string cuda_status();
+
+}  // namespace pykern::runtime

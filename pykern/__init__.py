@@ -1,0 +1,34 @@
+"""Fused Transformer kernels for CPU and CUDA, forward and backward, and a language model built from them.
+
+The names below are imported on first use: ``import pykern`` loads neither torch nor the extension.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_NAMES = {
+    "show_config": "pykern.config",
+    "set_num_threads": "pykern.config",
+    "get_num_threads": "pykern.config",
+    "explain": "pykern.config",
+}
+_NAMES |= {name: "pykern.ops" for name in ("gelu", "relu", "silu", "sigmoid", "swiglu")}
+_MODULES = ("ops", "nn", "optim", "tape", "lm", "integrations", "testing")
+
+__all__ = [*_NAMES, *_MODULES]
+
+
+def __getattr__(name):
+    if name in _NAMES:
+        value = getattr(import_module(_NAMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return import_module(f"pykern.{name}")
+    raise AttributeError(f"module 'pykern' has no attribute '{name}'")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

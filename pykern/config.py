@@ -1,0 +1,74 @@
+"""What this installation can do and what it chose: ISA, threads, OpenMP, CUDA, torch."""
+
+import os
+import sys
+from pathlib import Path
+
+try:
+    from pykern import _C
+except ImportError as error:
+    raise ImportError(
+        "pykern's compiled extension is missing or does not load. In a source checkout, install with "
+        "'pip install -e .' (a plain 'pip install .' followed by running from the repository root imports "
+        f"the folder ./pykern, which has no extension). Reason: {error}"
+    ) from error
+
+
+def set_num_threads(n: int) -> None:
+    """Thread count of the CPU kernels, 1..1024; 0 follows OpenMP, that is torch.set_num_threads. ValueError otherwise."""
+    _C.set_num_threads(n)
+
+
+def get_num_threads() -> int:
+    """Thread count of the next CPU kernel on the calling thread."""
+    return _C.num_threads()
+
+
+def _openmp_runtimes() -> list[str]:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
+    return sorted({Path(f).name for f in files if any(name in f for name in ("libgomp", "libomp", "libiomp"))})
+
+
+def config() -> dict[str, object]:
+    """The facts of show_config() as a dictionary."""
+    torch = sys.modules.get("torch")
+    exchange = "torch not imported"
+    if torch is not None:
+        exchange = "yes" if _C.borrow_path(torch.empty(1)) == "exchange" else "no, tensors cross through __dlpack__"
+    return {
+        "isa": _C.isa(),
+        "isa built": [name for name, _ in _C.isas()],
+        "isa available": [name for name, here in _C.isas() if here],
+        "PYKERN_ISA": os.environ.get("PYKERN_ISA", ""),
+        "threads": _C.num_threads(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "openmp runtimes": _openmp_runtimes(),
+        "cuda": _C.cuda_status(),
+        "torch": getattr(torch, "__version__", "not imported"),
+        "dlpack exchange api": exchange,
+        "extension": _C.__file__,
+    }
+
+
+def show_config() -> None:
+    """Prints the ISA built, available and chosen, threads, OpenMP runtimes, CUDA state, torch and its exchange API."""
+    for name, value in config().items():
+        print(f"{name:>20}: {', '.join(value) if isinstance(value, list) else value}")
+
+
+def explain(op: str, *args, **kwargs) -> str:
+    """One sentence: which kernel `op` runs for these arguments, and why."""
+    tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and hasattr(a, "shape")]
+    if not tensors:
+        raise ValueError(f"explain: {op} needs at least one array argument")
+    first = tensors[0]
+    device = str(getattr(first, "device", "cpu"))
+    if device.startswith("cuda"):
+        return f"{op}: raises, because CUDA is {_C.cuda_status()} in this installation and the tensors are on {device}"
+    return (
+        f"{op}: CPU kernel for ISA {_C.isa()}, {str(first.dtype).removeprefix('torch.')}, {_C.num_threads()} threads, "
+        f"arrays borrowed by {_C.borrow_path(first)}"
+    )

@@ -1,0 +1,65 @@
+"""How an op is registered with torch: a schema, a kernel per device, a fake, and a rule for autograd.
+
+`define(schema, kernel, fake)` makes torch.ops.pykern.<name>; `differentiable(op, function)` puts an autograd.Function
+in front of it, used only when some input requires grad. The function's forward calls `below_autograd(op, ...)`.
+"""
+
+import torch
+from torch import Tensor
+
+from pykern.config import _C as _C  # with the ImportError that explains a missing extension
+
+_library = torch.library.Library("pykern", "DEF")
+below_autograd_guard = torch._C._AutoDispatchBelowAutograd
+
+
+def define(schema: str, kernel, fake):
+    """Registers an operator for CPU and CUDA (the kernel dispatches on the tensor's device) and returns it."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, kernel, device)
+    torch.library.register_fake(f"pykern::{name}", fake, lib=_library)
+    return getattr(torch.ops.pykern, name).default
+
+
+def below_autograd(op, *args):
+    """Calls the op's kernel without recording it."""
+    with below_autograd_guard():
+        return op(*args)
+
+
+def differentiable(op, function: type[torch.autograd.Function]) -> None:
+    """Routes calls that need a gradient through function.apply, all others straight to the kernel."""
+
+    def with_autograd(*args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return function.apply(*args)
+        with below_autograd_guard():
+            return op(*args)
+
+    _library.impl(op.name().split("::")[1].split(".")[0], with_autograd, "Autograd")
+
+
+def require_tensors(op: str, **tensors) -> None:
+    """TypeError unless every argument is a torch.Tensor or, for those that may be missing, None is passed by the caller."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+
+
+def unit_last(x: Tensor) -> Tensor:
+    """x itself when its last stride is 1, else a contiguous copy: kernels read any strides but the last."""
+    return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
+
+
+def autocast(op: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast, floating tensors in the autocast dtype; otherwise unchanged."""
+    present = next(t for t in tensors if t is not None)
+    kind = present.device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
