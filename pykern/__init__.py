@@ -14,7 +14,7 @@ _NAMES = {
     "get_num_threads": "pykern.config",
     "explain": "pykern.config",
 }
-_NAMES |= {name: "pykern.ops" for name in ("gelu", "relu", "silu", "sigmoid", "swiglu")}
+_NAMES |= {name: "pykern.ops" for name in ("gelu", "relu", "silu", "sigmoid", "swiglu", "linear")}
 _MODULES = ("ops", "nn", "optim", "tape", "lm", "integrations", "testing")
 
 __all__ = [*_NAMES, *_MODULES]

@@ -8,7 +8,9 @@
 namespace pykern {
 
 // bind_<room>, defined in bind/<room>.cpp
-#define PYKERN_ROOMS(X) X(activation)
+#define PYKERN_ROOMS(X) \
+  X(activation)         \
+  X(linear)
 
 #define PYKERN_DECLARE(room) void bind_##room(py::module_& m);
 PYKERN_ROOMS(PYKERN_DECLARE)

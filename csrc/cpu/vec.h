@@ -70,7 +70,7 @@ struct Vec {
   Reg r;
 
   static Vec zero() { return {Reg{}}; }
-  static Vec splat(C x) { return {x - Reg{}}; }
+  static Vec splat(C x);
   Vec operator+(Vec b) const { return {r + b.r}; }
   Vec operator-(Vec b) const { return {r - b.r}; }
   Vec operator*(Vec b) const { return {r * b.r}; }
@@ -101,6 +101,24 @@ struct Vec {
 
 using VecF = Vec<float>;
 using VecD = Vec<double>;
+
+// Moves bits, whatever they mean: a lane may hold a pair of bf16.
+template <class C>
+[[gnu::always_inline]] inline Vec<C> Vec<C>::splat(C x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4)
+    return {(Reg)_mm512_set1_ps(x)};
+  else
+    return {(Reg)_mm512_set1_pd(x)};
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4)
+    return {(Reg)_mm256_set1_ps(x)};
+  else
+    return {(Reg)_mm256_set1_pd(x)};
+#else
+  return {x - Reg{}};
+#endif
+}
 
 // ---- arithmetic
 

@@ -1,13 +1,16 @@
 // Every op: its contract, and the list from which the dispatch table and the CUDA twins are made.
 #pragma once
 #include "ops/activation.h"
+#include "ops/linear.h"
 
 // X(kernel, argument struct)
 #define PYKERN_OPS(X)                        \
   X(activation_forward, ActivationForward)   \
   X(activation_backward, ActivationBackward) \
   X(swiglu_forward, SwigluForward)           \
-  X(swiglu_backward, SwigluBackward)
+  X(swiglu_backward, SwigluBackward)         \
+  X(linear_forward, LinearForward)           \
+  X(linear_backward, LinearBackward)
 
 namespace pykern {
 #define PYKERN_DECLARE(kernel, Op)          \

@@ -114,12 +114,13 @@ void Checker::unit_last(Arg a) const {
 
 // Dimensions of one element do not count; the others must nest: stride[i] = size[i+1] stride[i+1].
 static bool rows_nest(const Tensor& t) {
+  bool seen = false;
   int64_t expected = 0;
   for (int i = t.rank - 2; i >= 0; --i) {
     if (t.size[i] == 1) continue;
-    if (expected != 0 && t.stride[i] != expected) return false;
+    if (seen && t.stride[i] != expected) return false;
     expected = t.stride[i] * t.size[i];
-    if (expected == 0) return false;  // an expanded dimension, possibly above others
+    seen = true;
   }
   return true;
 }

@@ -1,0 +1,132 @@
+"""Linear layers on torch tensors with bias, activation and residual in one pass, differentiable."""
+
+import torch
+from torch import Tensor
+
+from pykern.ops._library import _C, autocast, below_autograd, define, differentiable, require_tensors, unit_last
+
+_ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] with unit last stride: a view where the strides allow one."""
+    return unit_last(x if x.dim() <= 2 else x.reshape(-1, x.shape[-1]))
+
+
+def _matching_rows(x: Tensor, like: Tensor) -> Tensor:
+    """x [..., N] as [M, N] when its leading dimensions are those of like; otherwise as it is, for the kernel to refuse."""
+    return _rows(x) if x.shape[:-1] == like.shape[:-1] else x
+
+
+def _forward(x, weight, bias, residual, activation, keep_pre):
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    pre = torch.empty_like(out) if keep_pre else x.new_empty(0)
+    rows = _rows(x)
+    _C.linear_forward(
+        rows,
+        unit_last(weight),
+        bias,
+        None if residual is None else _matching_rows(residual, x),
+        out.view(*rows.shape[:-1], out.shape[-1]),
+        pre.view(*rows.shape[:-1], out.shape[-1]) if keep_pre else None,
+        activation=activation,
+    )
+    return out, pre
+
+
+def _forward_fake(x, weight, bias, residual, activation, keep_pre):
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return out, torch.empty_like(out) if keep_pre else x.new_empty(0)
+
+
+def _backward(x, weight, pre, dout, activation, wanted):
+    rows = _rows(x)
+    dx = rows.new_empty(rows.shape) if wanted[0] else None
+    dweight = weight.new_empty(weight.shape) if wanted[1] else None
+    dbias = weight.new_empty(weight.shape[0]) if wanted[2] else None
+    _C.linear_backward(
+        rows,
+        unit_last(weight),
+        None if activation == "none" else _matching_rows(pre, x),
+        _matching_rows(dout, x),
+        dx,
+        dweight,
+        dbias,
+        activation=activation,
+    )
+    missing = [x.new_empty(0) for _ in range(3)]
+    return (
+        missing[0] if dx is None else dx.view(x.shape),
+        missing[1] if dweight is None else dweight,
+        missing[2] if dbias is None else dbias,
+    )
+
+
+def _backward_fake(x, weight, pre, dout, activation, wanted):
+    return (
+        x.new_empty(x.shape if wanted[0] else 0),
+        weight.new_empty(weight.shape if wanted[1] else 0),
+        weight.new_empty(weight.shape[0] if wanted[2] else 0),
+    )
+
+
+_linear = define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep_pre) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+_linear_backward = define(
+    "linear_backward(Tensor x, Tensor weight, Tensor? pre, Tensor dout, str activation, bool[3] wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, activation, keep_pre):
+        keep_pre = activation != "none"
+        out, pre = below_autograd(_linear, x, weight, bias, residual, activation, keep_pre)
+        ctx.save_for_backward(x, weight, pre if keep_pre else None)
+        ctx.activation = activation
+        ctx.mark_non_differentiable(pre)
+        return out, pre
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        x, weight, pre = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = _linear_backward(x, weight, pre, dout, ctx.activation, wanted)
+        dx, dweight, dbias = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return dx, dweight, dbias, dout if ctx.needs_input_grad[3] else None, None, None
+
+
+differentiable(_linear, _Linear)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(x weight^T + bias) + residual for x [..., K], weight [N, K], bias [N], residual [..., N] -> [..., N].
+
+    One dtype for all: float32, float64, bfloat16 or float16 (sums in float32); under torch.autocast all are cast to
+    the autocast dtype. activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid". The bits of a row do not
+    depend on the number of rows or threads. Rows whose strides do not nest are copied first.
+    TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, activation.
+    """
+    require_tensors("linear", x=x, weight=weight)
+    kind = "none" if activation is None else activation
+    if kind not in _ACTIVATIONS:
+        raise ValueError(f"linear: activation is {activation!r}, expected None or one of {', '.join(_ACTIVATIONS[1:])}")
+    if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"linear: weight must be [N, K] with K the last size of x, got x {list(x.shape)}, weight {list(weight.shape)}"
+        )
+    x, weight, bias, residual = autocast("linear", x, weight, bias, residual)
+    return _linear(x, weight, bias, residual, kind, False)[0]
