@@ -10,6 +10,7 @@ namespace pykern {
 // bind_<room>, defined in bind/<room>.cpp
 #define PYKERN_ROOMS(X) \
   X(activation)         \
+  X(adamw)              \
   X(linear)
 
 #define PYKERN_DECLARE(room) void bind_##room(py::module_& m);

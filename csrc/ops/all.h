@@ -1,6 +1,7 @@
 // Every op: its contract, and the list from which the dispatch table and the CUDA twins are made.
 #pragma once
 #include "ops/activation.h"
+#include "ops/adamw.h"
 #include "ops/linear.h"
 
 // X(kernel, argument struct)
@@ -10,7 +11,8 @@
   X(swiglu_forward, SwigluForward)           \
   X(swiglu_backward, SwigluBackward)         \
   X(linear_forward, LinearForward)           \
-  X(linear_backward, LinearBackward)
+  X(linear_backward, LinearBackward)         \
+  X(adamw, AdamW)
 
 namespace pykern {
 #define PYKERN_DECLARE(kernel, Op)          \

@@ -1,0 +1,47 @@
+#include "ops/adamw.h"
+
+#include <cmath>
+
+#include "ops/check.h"
+
+namespace pykern {
+
+static void check_not_negative(const char* option, double value) {
+  PYKERN_CHECK(value, std::isfinite(value) && value >= 0.0, "adamw: ", option, " is ", value,
+               ", expected a finite number >= 0");
+}
+
+static void check_beta(const char* option, double value) {
+  PYKERN_CHECK(value, value >= 0.0 && value < 1.0, "adamw: ", option, " is ", value,
+               ", expected 0 <= ", option, " < 1");
+}
+
+void check(const AdamW& op) {
+  const Checker c{"adamw"};
+  const Arg param{"param", op.param}, grad{"grad", op.grad}, m{"exp_avg", op.exp_avg},
+      v{"exp_avg_sq", op.exp_avg_sq}, master{"master", op.master};
+  c.floating(param);
+  c.same_dtype(grad, param);
+  const DType stat = stat_dtype(op.param.dtype);
+  PYKERN_CHECK(value, !op.master.given || op.param.dtype != stat,
+               "adamw: master is for bfloat16 and float16 parameters, param has dtype ",
+               name(op.param.dtype));
+  for (const Arg& a : {m, v, master}) {
+    c.dtype(a, stat);
+    c.same_device(a, param);
+  }
+  for (const Arg& a : {grad, m, v, master}) c.same_shape(a, param);
+  for (const Arg& a : {param, grad, m, v, master}) c.unit_last(a);
+  for (const Arg& a : {param, m, v, master}) c.output(a);
+  c.disjoint({param, m, v, master}, {grad});
+  check_not_negative("lr", op.lr);
+  check_beta("beta1", op.beta1);
+  check_beta("beta2", op.beta2);
+  check_not_negative("eps", op.eps);
+  check_not_negative("weight_decay", op.weight_decay);
+  PYKERN_CHECK(value, op.step >= 1, "adamw: step is ", op.step, ", expected 1 for the first step");
+  PYKERN_CHECK(value, std::isfinite(op.grad_scale), "adamw: grad_scale is ", op.grad_scale,
+               ", expected a finite number");
+}
+
+}  // namespace pykern

@@ -1,0 +1,21 @@
+// adamw: one step of Adam with decoupled weight decay, in place; t counts steps from 1.
+//   g = grad_scale grad    m += (1 - beta1) (g - m)    v = beta2 v + (1 - beta2) g^2
+//   param = (1 - lr weight_decay) param - lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+// A bfloat16 or float16 param may be the rounded copy of a float32 master, which is then what
+// moves.
+#pragma once
+#include "core/tensor.h"
+
+namespace pykern {
+
+struct AdamW {
+  Tensor param, grad, exp_avg, exp_avg_sq;  // param, grad [...]; m, v [...] stat
+  Tensor master;                            // [...] float32, or not given
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;
+  double grad_scale;
+};
+
+void check(const AdamW& op);
+
+}  // namespace pykern

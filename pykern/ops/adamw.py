@@ -1,0 +1,83 @@
+"""One step of AdamW on torch tensors, in place."""
+
+import torch
+from torch import Tensor
+
+from pykern.ops._library import _C, _library, below_autograd_guard, define, require_tensors, unit_last
+
+
+def _smallest_stride_last(param, *others):
+    """The same tensors seen in an order of dimensions that makes param's last stride 1, so that a transposed one will do."""
+    if param.dim() < 2 or param.stride(-1) == 1 or any(t is not None and t.dim() != param.dim() for t in others):
+        return param, *others
+    order = sorted(range(param.dim()), key=lambda i: -param.stride(i))
+    return param.permute(order), *(t if t is None else t.permute(order) for t in others)
+
+
+def _step(param, grad, exp_avg, exp_avg_sq, master, **options):
+    written = [t for t in (param, exp_avg, exp_avg_sq, master) if t is not None and not t.is_inference()]
+    p, g, m, v, w = _smallest_stride_last(param, grad, exp_avg, exp_avg_sq, master)
+    _C.adamw(p, unit_last(g), m, v, w, **options)
+    torch.autograd.graph.increment_version(written)
+
+
+_adamw = define(
+    "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, *, float lr, "
+    "float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()",
+    _step,
+    lambda *tensors, **options: None,
+)
+
+
+def _not_differentiable(*tensors, **options):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+        raise RuntimeError("adamw_: is not differentiable; call it under torch.no_grad()")
+    with below_autograd_guard():
+        _adamw(*tensors, **options)
+
+
+_library.impl("adamw_", _not_differentiable, "Autograd")
+
+
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None = None,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
+    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101) on tensors [...] of one shape, in place, in one pass.
+
+    g = grad_scale grad;  exp_avg += (1 - beta1) (g - exp_avg);  exp_avg_sq = beta2 exp_avg_sq + (1 - beta2) g^2
+    param = (1 - lr weight_decay) param - lr exp_avg / (1 - beta1^step) / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+
+    param float32, float64, bfloat16 or float16; grad in its dtype; the moments float32 (float64 for float64). With a
+    float32 master, a bfloat16 or float16 param becomes the rounded copy of the master. step counts from 1.
+    RuntimeError: outside torch.no_grad() when an argument requires grad. TypeError: not tensors, other dtypes.
+    ValueError: shapes, overlap, options out of range, a grad_scale that is not finite.
+    """
+    require_tensors("adamw", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+    if master is not None:
+        require_tensors("adamw", master=master)
+    _adamw(
+        param,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        master,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        grad_scale=grad_scale,
+    )
