@@ -1,17 +1,19 @@
-"""The compiled kernels. Arrays are torch tensors, numpy arrays or anything with ``__dlpack__``; outputs are written in place.
+"""The compiled kernels. Arrays are torch tensors, numpy arrays or anything with ``__dlpack__``.
 
-Every function checks type, dtype, device, shape, stride and overlap before it writes anything:
-TypeError (not an array, wrong or mixed dtype), ValueError (shape, stride, device, overlap, option), IndexError (index out of range).
+Outputs are written in place.
+
+Every function checks type, dtype, device, shape, stride and overlap before it writes anything: TypeError (not an array,
+wrong or mixed dtype), ValueError (shape, stride, device, overlap, option), IndexError (index out of range).
 Dimensions: B batch, H query heads, G key/value heads, T queries, S keys, D head size, E value head size,
-M rows, K inputs, N outputs, V vocabulary. "..." stands for any leading dimensions. Unless a dtype is given, it is that of the
-first argument: float32, float64, bfloat16 or float16. A *stat* is float32 (float64 when the first argument is float64).
+M rows, K inputs, N outputs, V vocabulary. "..." stands for any leading dimensions. Unless a dtype is given, it is that
+of the first argument: float32, float64, bfloat16 or float16. A *stat* is float32 (float64 when the first argument is
+float64).
 """
 
 from typing import Any
 
 Array = Any
 Activation = str  # "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid"
-
 
 # ---- runtime
 def isa() -> str: ...
@@ -27,36 +29,125 @@ def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 
 # ---- attention: out = softmax(mask(scale q k^T + bias)) v
-def attention_forward(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, out: Array, lse: Array, *, causal: bool, scale: float) -> None:
-    """q [B,H,T,D]  k [B,G,S,D]  v [B,G,S,E]  mask bool, bias: already expanded to [B,H,T,S] (stride 0 allowed)  out [B,H,T,E]  lse [B,H,T] stat."""
+def attention_forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    bias: Array | None,
+    out: Array,
+    lse: Array,
+    *,
+    causal: bool,
+    scale: float,
+) -> None:
+    """q [B,H,T,D]  k [B,G,S,D]  v [B,G,S,E]  mask bool, bias: already expanded to [B,H,T,S] (stride 0 allowed)
+    out [B,H,T,E]  lse [B,H,T] stat."""
 
-def attention_backward(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, out: Array, lse: Array, dout: Array, dlse: Array | None,
-                       dq: Array, dk: Array, dv: Array, dbias: Array | None, *, causal: bool, scale: float) -> None:
+def attention_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    bias: Array | None,
+    out: Array,
+    lse: Array,
+    dout: Array,
+    dlse: Array | None,
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dbias: Array | None,
+    *,
+    causal: bool,
+    scale: float,
+) -> None:
     """dbias has rank 4 and the *unexpanded* bias sizes (each B, H, T, S or 1)."""
 
-def attention_with_kvcache(q: Array, k_cache: Array, v_cache: Array, k: Array | None, v: Array | None, cache_seqlens: Array,
-                           rotary_cos: Array | None, rotary_sin: Array | None, out: Array, lse: Array, *, causal: bool, scale: float, rotary_interleaved: bool) -> None:
-    """q [B,H,T,D]  k_cache [B,G,C,D]  v_cache [B,G,C,E]  k, v: T new keys, written at cache_seqlens [B] int32 (length before the append)
+def attention_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None,
+    v: Array | None,
+    cache_seqlens: Array,
+    rotary_cos: Array | None,
+    rotary_sin: Array | None,
+    out: Array,
+    lse: Array,
+    *,
+    causal: bool,
+    scale: float,
+    rotary_interleaved: bool,
+) -> None:
+    """q [B,H,T,D]  k_cache [B,G,C,D]  v_cache [B,G,C,E]
+    k, v: T new keys, written at cache_seqlens [B] int32 (length before the append)
     rotary_cos, rotary_sin [positions, R/2], R <= D: rotates q and k at positions cache_seqlens + t."""
 
 # ---- linear: out = activation(x weight^T + bias) + residual
-def linear_forward(x: Array, weight: Array, bias: Array | None, residual: Array | None, out: Array, pre: Array | None, *, activation: Activation) -> None:
+def linear_forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    pre: Array | None,
+    *,
+    activation: Activation,
+) -> None:
     """x [...,K]  weight [N,K]  bias [N]  residual, out, pre [...,N]; pre receives x weight^T + bias."""
 
-def linear_backward(x: Array, weight: Array, pre: Array | None, dout: Array, dx: Array | None, dweight: Array | None, dbias: Array | None, *, activation: Activation) -> None:
+def linear_backward(
+    x: Array,
+    weight: Array,
+    pre: Array | None,
+    dout: Array,
+    dx: Array | None,
+    dweight: Array | None,
+    dbias: Array | None,
+    *,
+    activation: Activation,
+) -> None:
     """Gradients not wanted are None. pre is needed unless activation is "none"."""
 
 # ---- norm
-def layer_norm_forward(x: Array, weight: Array | None, bias: Array | None, residual: Array | None, out: Array, sum: Array | None, mean: Array, rstd: Array, *, eps: float) -> None:
-    """h = x + residual (stored in sum);  out = (h - mean) rstd weight + bias.  x, residual, out, sum [...,D]  mean, rstd [...] stat."""
+def layer_norm_forward(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    sum: Array | None,
+    mean: Array,
+    rstd: Array,
+    *,
+    eps: float,
+) -> None:
+    """h = x + residual (stored in sum);  out = (h - mean) rstd weight + bias.
+    x, residual, out, sum [...,D]  mean, rstd [...] stat."""
 
-def layer_norm_backward(h: Array, weight: Array | None, mean: Array, rstd: Array, dout: Array, dsum: Array | None, dh: Array, dweight: Array | None, dbias: Array | None) -> None:
+def layer_norm_backward(
+    h: Array,
+    weight: Array | None,
+    mean: Array,
+    rstd: Array,
+    dout: Array,
+    dsum: Array | None,
+    dh: Array,
+    dweight: Array | None,
+    dbias: Array | None,
+) -> None:
     """dh is the gradient of x and of residual; dsum is the gradient that reached sum."""
 
-def rms_norm_forward(x: Array, weight: Array | None, residual: Array | None, out: Array, sum: Array | None, rstd: Array, *, eps: float) -> None: ...
-def rms_norm_backward(h: Array, weight: Array | None, rstd: Array, dout: Array, dsum: Array | None, dh: Array, dweight: Array | None) -> None: ...
+def rms_norm_forward(
+    x: Array, weight: Array | None, residual: Array | None, out: Array, sum: Array | None, rstd: Array, *, eps: float
+) -> None: ...
+def rms_norm_backward(
+    h: Array, weight: Array | None, rstd: Array, dout: Array, dsum: Array | None, dh: Array, dweight: Array | None
+) -> None: ...
 
-# ---- softmax over the last dimension; mask bool, same shape as x after expansion, True = take part; a fully masked row is 0
+# ---- softmax over the last dimension; mask bool, same shape as x after expansion, True = take part;
+#      a fully masked row is 0
 def softmax_forward(x: Array, mask: Array | None, out: Array) -> None: ...
 def softmax_backward(out: Array, dout: Array, dx: Array) -> None: ...
 
@@ -68,9 +159,13 @@ def swiglu_forward(gate: Array, up: Array, out: Array) -> None:
 
 def swiglu_backward(gate: Array, up: Array, dout: Array, dgate: Array, dup: Array) -> None: ...
 
-# ---- rope: rotates pairs (i, i + R/2), or (2i, 2i+1) when interleaved, by the angle of its position; R = 2 * cos.shape[1] <= D
-def rope(x: Array, cos: Array, sin: Array, positions: Array | None, out: Array, *, interleaved: bool, inverse: bool) -> None:
-    """x, out [B,H,T,D]  cos, sin [P,R/2]  positions int64 [T] or [B,T], None = 0..T-1; inverse rotates back (the gradient)."""
+# ---- rope: rotates pairs (i, i + R/2), or (2i, 2i+1) when interleaved, by the angle of its position;
+#      R = 2 * cos.shape[1] <= D
+def rope(
+    x: Array, cos: Array, sin: Array, positions: Array | None, out: Array, *, interleaved: bool, inverse: bool
+) -> None:
+    """x, out [B,H,T,D]  cos, sin [P,R/2]  positions int64 [T] or [B,T], None = 0..T-1
+    inverse rotates back (the gradient)."""
 
 # ---- embedding
 def embedding_forward(weight: Array, ids: Array, out: Array) -> None:
@@ -80,19 +175,69 @@ def embedding_backward(ids: Array, dout: Array, dweight: Array) -> None:
     """Overwrites dweight; rows of a token are added in the order of their positions."""
 
 # ---- cross_entropy, one loss per row: lse - (1-e) x[y] - e mean(x) + z_loss lse^2, 0 where target == ignore_index
-def cross_entropy_forward(logits: Array, target: Array, loss: Array, lse: Array, *, ignore_index: int, label_smoothing: float, z_loss: float) -> None:
+def cross_entropy_forward(
+    logits: Array, target: Array, loss: Array, lse: Array, *, ignore_index: int, label_smoothing: float, z_loss: float
+) -> None:
     """logits [M,V]  target int64 [M]  loss, lse [M] stat"""
 
-def cross_entropy_backward(logits: Array, target: Array, lse: Array, dloss: Array, dlogits: Array, *, ignore_index: int, label_smoothing: float, z_loss: float) -> None:
+def cross_entropy_backward(
+    logits: Array,
+    target: Array,
+    lse: Array,
+    dloss: Array,
+    dlogits: Array,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
     """dloss [M] stat: the gradient of each row's loss. dlogits may be logits itself."""
 
-def linear_cross_entropy_forward(x: Array, weight: Array, bias: Array | None, target: Array, loss: Array, lse: Array, *, ignore_index: int, label_smoothing: float, z_loss: float) -> None:
+def linear_cross_entropy_forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    target: Array,
+    loss: Array,
+    lse: Array,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
     """x [M,K]  weight [V,K]  bias [V]; logits are never materialised as a whole."""
 
-def linear_cross_entropy_backward(x: Array, weight: Array, bias: Array | None, target: Array, lse: Array, dloss: Array, dx: Array, dweight: Array | None, dbias: Array | None, *,
-                                  ignore_index: int, label_smoothing: float, z_loss: float) -> None: ...
+def linear_cross_entropy_backward(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    target: Array,
+    lse: Array,
+    dloss: Array,
+    dx: Array,
+    dweight: Array | None,
+    dbias: Array | None,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> None: ...
 
 # ---- adamw: decoupled weight decay, bias-corrected; one pass over memory
-def adamw(param: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, master: Array | None, *, lr: float, beta1: float, beta2: float, eps: float,
-          weight_decay: float, step: int, grad_scale: float) -> None:
-    """In place. grad has param's dtype; exp_avg, exp_avg_sq and master are stats (float32 for bfloat16 param). grad is multiplied by grad_scale first."""
+def adamw(
+    param: Array,
+    grad: Array,
+    exp_avg: Array,
+    exp_avg_sq: Array,
+    master: Array | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    """In place. grad has param's dtype; exp_avg, exp_avg_sq and master are stats (float32 for bfloat16 param).
+    grad is multiplied by grad_scale first."""

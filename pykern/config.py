@@ -15,7 +15,10 @@ except ImportError as error:
 
 
 def set_num_threads(n: int) -> None:
-    """Thread count of the CPU kernels, 1..1024; 0 follows OpenMP, that is torch.set_num_threads. ValueError otherwise."""
+    """Thread count of the CPU kernels, 1..1024; 0 follows OpenMP, that is torch.set_num_threads.
+
+    ValueError: any other number.
+    """
     _C.set_num_threads(n)
 
 

@@ -4,15 +4,18 @@
 namespace pykern {
 
 static void activation_forward(py::handle x, py::handle out, const char* kind) {
-  const Borrowed x_(x, "activation", "x"), out_(out, "activation", "out");
-  const ActivationForward op{x_, out_, activation_named("activation", kind)};
+  const Activation f = activation_named("activation", kind);
+  const char* name = public_name(f);
+  const Borrowed x_(x, name, "x"), out_(out, name, "out");
+  const ActivationForward op{x_, out_, f};
   PYKERN_RUN(activation_forward, op, op.x);
 }
 
 static void activation_backward(py::handle x, py::handle dout, py::handle dx, const char* kind) {
-  const Borrowed x_(x, "activation", "x"), dout_(dout, "activation", "dout"),
-      dx_(dx, "activation", "dx");
-  const ActivationBackward op{x_, dout_, dx_, activation_named("activation", kind)};
+  const Activation f = activation_named("activation", kind);
+  const char* name = public_name(f);
+  const Borrowed x_(x, name, "x"), dout_(dout, name, "dout"), dx_(dx, name, "dx");
+  const ActivationBackward op{x_, dout_, dx_, f};
   PYKERN_RUN(activation_backward, op, op.x);
 }
 

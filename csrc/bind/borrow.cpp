@@ -6,6 +6,9 @@
 
 namespace pykern {
 
+static constexpr char kExpected[] =
+    ", expected float32, float64, bfloat16, float16, int64, int32 or bool";
+
 static DType dtype_of(dlpack::DataType d, const char* op, const char* name) {
   if (d.lanes == 1) {
     if (d.code == dlpack::kFloat && d.bits == 32) return DType::f32;
@@ -16,8 +19,10 @@ static DType dtype_of(dlpack::DataType d, const char* op, const char* name) {
     if (d.code == dlpack::kInt && d.bits == 32) return DType::i32;
     if (d.code == dlpack::kBool && d.bits == 8) return DType::b8;
   }
-  fail(Kind::type, op, ": ", name, " has an unsupported dtype (DLPack code ", int(d.code), ", ",
-       int(d.bits), " bits), expected float32, float64, bfloat16, float16, int64, int32 or bool");
+  constexpr const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  const char* kind = d.code < 7 ? kinds[d.code] : "float";  // from 7 on: the small floats
+  fail(Kind::type, op, ": ", name, " has dtype ", kind, int(d.bits), d.lanes == 1 ? "" : " vectors",
+       kExpected);
 }
 
 static Tensor from_view(const dlpack::View& view, bool readonly, const char* op, const char* name) {
@@ -97,8 +102,7 @@ static Tensor from_numpy(const py::array& array, const char* op, const char* nam
   if (kind == 'i') d.code = dlpack::kInt;
   if (kind == 'b') d.code = dlpack::kBool;
   PYKERN_CHECK(type, d.code != 255 && item <= 8, op, ": ", name, " has dtype ",
-               std::string(py::str(dtype)),
-               ", expected float32, float64, bfloat16, float16, int64, int32 or bool");
+               std::string(py::str(dtype)), kExpected);
   PYKERN_CHECK(value, array.ndim() <= kMaxRank, op, ": ", name, " has ", array.ndim(),
                " dimensions, at most ", kMaxRank, " are supported");
   int64_t size[kMaxRank], stride[kMaxRank];

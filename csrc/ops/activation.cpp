@@ -17,6 +17,8 @@ Activation activation_named(const char* op, const char* name) {
        "' is not one of none, relu, gelu, gelu_tanh, silu, sigmoid");
 }
 
+const char* public_name(Activation kind) { return kNames[static_cast<int>(kind)]; }
+
 // Every argument has the dtype, device and shape of the first one.
 static void check_elementwise(const Checker& c, std::initializer_list<Arg> outputs,
                               std::initializer_list<Arg> inputs) {
@@ -33,11 +35,11 @@ static void check_elementwise(const Checker& c, std::initializer_list<Arg> outpu
 }
 
 void check(const ActivationForward& op) {
-  check_elementwise({kNames[static_cast<int>(op.kind)]}, {{"out", op.out}}, {{"x", op.x}});
+  check_elementwise({public_name(op.kind)}, {{"out", op.out}}, {{"x", op.x}});
 }
 
 void check(const ActivationBackward& op) {
-  check_elementwise({kNames[static_cast<int>(op.kind)]}, {{"dx", op.dx}},
+  check_elementwise({public_name(op.kind)}, {{"dx", op.dx}},
                     {{"x", op.x}, {"dout", op.dout}});
 }
 

@@ -28,6 +28,8 @@ struct SwigluBackward {
 
 // "none", "relu", ... ; an unknown name is a ValueError that lists the known ones
 Activation activation_named(const char* op, const char* name);
+// The public function that a message names: "gelu" for gelu_tanh, "activation" for none
+const char* public_name(Activation kind);
 
 void check(const ActivationForward& op);
 void check(const ActivationBackward& op);

@@ -42,7 +42,7 @@ def differentiable(op, function: type[torch.autograd.Function]) -> None:
 
 
 def require_tensors(op: str, **tensors) -> None:
-    """TypeError unless every argument is a torch.Tensor or, for those that may be missing, None is passed by the caller."""
+    """TypeError unless every argument is a torch.Tensor; the caller leaves out those that are None and may be."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -1,0 +1,309 @@
+"""Every op as its formula, in plain torch, differentiable by torch's autograd.
+
+reference.<op>(...) computes in float64 whatever the dtype of its arguments: this is the oracle of the tests.
+in_own_dtype(reference.<op>)(...) evaluates the same formula in the dtype of its arguments: this is "eager torch".
+Dimensions as in _C.pyi: B batch, H query heads, G key/value heads, T queries, S keys, D head size, E value head size.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+
+def _double(x):
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _in_float64(formula):
+    @functools.wraps(formula)
+    def oracle(*args, **kwargs):
+        return formula(*(_double(a) for a in args), **{name: _double(a) for name, a in kwargs.items()})
+
+    return oracle
+
+
+def in_own_dtype(oracle):
+    """The formula behind a reference, evaluated in the dtype of its arguments."""
+    return oracle.__wrapped__
+
+
+# ---- elementwise
+
+
+@_in_float64
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), and NaN for NaN."""
+    return torch.relu(x)
+
+
+@_in_float64
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))"""
+    return torch.sigmoid(x)
+
+
+@_in_float64
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x)"""
+    return x * torch.sigmoid(x)
+
+
+@_in_float64
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x) = x erfc(-x / sqrt 2) / 2"""
+    return x * torch.special.erfc(x * -math.sqrt(0.5)) * 0.5
+
+
+@_in_float64
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) = x (1 + tanh(...)) / 2"""
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+ACTIVATIONS = {
+    None: lambda x: x,
+    "none": lambda x: x,
+    "relu": relu.__wrapped__,
+    "gelu": gelu.__wrapped__,
+    "gelu_tanh": gelu_tanh.__wrapped__,
+    "silu": silu.__wrapped__,
+    "sigmoid": sigmoid.__wrapped__,
+}
+
+
+@_in_float64
+def activation(x: Tensor, kind: str | None) -> Tensor:
+    """f(x), f one of "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid"."""
+    return ACTIVATIONS[kind](x)
+
+
+@_in_float64
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up"""
+    return silu.__wrapped__(gate) * up
+
+
+# ---- linear, norms, softmax
+
+
+@_in_float64
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """activation(x weight^T + bias) + residual for x [...,K], weight [N,K]."""
+    out = x @ weight.T
+    out = out if bias is None else out + bias
+    out = ACTIVATIONS[activation](out)
+    return out if residual is None else out + residual
+
+
+@_in_float64
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Tensor:
+    """(h - mean h) / sqrt(var h + eps) weight + bias over the last dimension, h = x + residual, var with 1/D."""
+    h = x if residual is None else x + residual
+    centred = h - h.mean(-1, keepdim=True)
+    out = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+@_in_float64
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, residual: Tensor | None = None) -> Tensor:
+    """h / sqrt(mean h^2 + eps) weight over the last dimension, h = x + residual."""
+    h = x if residual is None else x + residual
+    out = h / torch.sqrt(h.square().mean(-1, keepdim=True) + eps)
+    return out if weight is None else out * weight
+
+
+@_in_float64
+def softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """exp(x) / sum exp(x) over the last dimension where mask is True, 0 elsewhere; a row without True is 0."""
+    if mask is None:
+        return torch.softmax(x, -1)
+    mask = mask.expand(x.shape)
+    dead = ~mask.any(-1, keepdim=True)
+    scores = torch.where(mask, x, -math.inf).masked_fill(dead, 0.0)
+    return torch.softmax(scores, -1).masked_fill(~mask, 0.0)
+
+
+# ---- attention
+
+
+def _visible(q, k, mask, causal):
+    """bool [B,H,T,S]: which key each query sees. The last query is on the last key: causal is bottom-right aligned."""
+    T, S = q.shape[2], k.shape[2]
+    visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
+    if causal:
+        visible = visible.tril(S - T)
+    if mask is not None:
+        visible = visible & mask
+    return visible.expand(*q.shape[:3], S)
+
+
+def _scores(q, k, visible):
+    if q.isfinite().all() and k.isfinite().all():
+        return q @ k.transpose(-1, -2)
+    q = torch.where(visible[..., None], q[..., :, None, :], 0.0)  # 0 * NaN is NaN: what is not seen must not be there
+    k = torch.where(visible[..., None], k[..., None, :, :], 0.0)
+    return (q * k).sum(-1)
+
+
+def _weighted_sum(p, v, visible):
+    if v.isfinite().all():
+        return p @ v
+    return (p[..., None] * torch.where(visible[..., None], v[..., None, :, :], 0.0)).sum(-2)
+
+
+@_in_float64
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+):
+    """softmax(mask(scale q k^T + bias)) v for q [B,H,T,D], k [B,G,S,D], v [B,G,S,E]; lse [B,H,T], natural logarithm.
+
+    mask bool, True = attend, and bias broadcast to [B,H,T,S]. A row that sees nothing is 0, its lse -inf.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    visible = _visible(q, k, mask, causal)
+    scores = _scores(q, k, visible) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias
+    scores = torch.where(visible, scores, -math.inf)
+    dead = scores.isneginf().all(-1)
+    scores = scores.masked_fill(dead[..., None], 0.0)
+    p = torch.softmax(scores, -1).masked_fill(~visible | dead[..., None], 0.0)
+    out = _weighted_sum(p, v, visible)
+    return (out, torch.logsumexp(scores, -1).masked_fill(dead, -math.inf)) if return_lse else out
+
+
+@_in_float64
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False) -> Tensor:
+    """Rotates each pair (a, b) of x [B,H,T,D] to (a cos - b sin, a sin + b cos), by cos, sin [P,R/2] of its position.
+
+    Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved; dimensions from R on are left alone.
+    positions [T] or [B,T], None = 0..T-1.
+    """
+    half = cos.shape[-1]
+    at = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
+    c, s = cos[at], sin[at]
+    if at.dim() == 2:
+        c, s = c[:, None], s[:, None]
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    a, b = (rotated[..., ::2], rotated[..., 1::2]) if interleaved else (rotated[..., :half], rotated[..., half:])
+    pair = (a * c - b * s, a * s + b * c)
+    rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+    return torch.cat((rotated, rest), -1)
+
+
+@_in_float64
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, lse, k_cache, v_cache): appends k, v [B,G,T,.] at cache_seqlens [B] to copies of the caches, then attends.
+
+    With rotary_cos and rotary_sin, q and k are first rotated at positions cache_seqlens + t.
+    """
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    outs, lses = [], []
+    for b, start in enumerate(cache_seqlens.tolist()):
+        query, stop = q[b : b + 1], start
+        at = dict(positions=start + torch.arange(q.shape[2], device=q.device), interleaved=rotary_interleaved)
+        if rotary_cos is not None:
+            query = rope.__wrapped__(query, rotary_cos, rotary_sin, **at)
+        if k is not None and v is not None:
+            key, stop = k[b : b + 1], start + k.shape[2]
+            if rotary_cos is not None:
+                key = rope.__wrapped__(key, rotary_cos, rotary_sin, **at)
+            k_cache[b, :, start:stop], v_cache[b, :, start:stop] = key[0], v[b]
+        keys, values = k_cache[b : b + 1, :, :stop], v_cache[b : b + 1, :, :stop]
+        out, lse = attention.__wrapped__(query, keys, values, causal=causal, scale=scale, return_lse=True)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses), k_cache, v_cache
+
+
+# ---- embedding, losses, optimiser
+
+
+@_in_float64
+def embedding(weight: Tensor, ids: Tensor) -> Tensor:
+    """weight[ids] for weight [V,D], ids [...]."""
+    return weight[ids]
+
+
+@_in_float64
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """lse - (1 - e) x[y] - e mean(x) + z lse^2 per row of logits [...,V], 0 where target == ignore_index.
+
+    "mean" divides by the number of rows that are not ignored.
+    """
+    kept = target != ignore_index
+    lse = torch.logsumexp(logits, -1)
+    hit = logits.gather(-1, target.masked_fill(~kept, 0)[..., None])[..., 0]
+    loss = lse - (1 - label_smoothing) * hit - label_smoothing * logits.mean(-1) + z_loss * lse.square()
+    loss = loss.masked_fill(~kept, 0.0)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / kept.sum()}[reduction]
+
+
+@_in_float64
+def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **options) -> Tensor:
+    """cross_entropy(x weight^T + bias, target, **options) for x [...,K], weight [V,K]."""
+    return cross_entropy.__wrapped__(linear.__wrapped__(x, weight, bias), target, **options)
+
+
+@_in_float64
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(param, exp_avg, exp_avg_sq) after step `step` = 1, 2, ... of AdamW, arXiv 1711.05101; changes nothing in place."""
+    grad = grad * grad_scale
+    exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
+    mean, variance = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)
+    return param * (1 - lr * weight_decay) - lr * mean / (variance.sqrt() + eps), exp_avg, exp_avg_sq

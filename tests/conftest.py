@@ -1,0 +1,76 @@
+"""Fixtures and settings that every test file shares.
+
+The ISA is chosen once per process: tests/test_every_isa.py runs the kernel tests again, in a process per ISA.
+"""
+
+import os
+
+import hypothesis
+import pytest
+
+# The same examples on every run and every machine. PYKERN_TEST_EXAMPLES=500 searches harder, for a night.
+hypothesis.settings.register_profile(
+    "pykern",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=int(os.environ.get("PYKERN_TEST_EXAMPLES", "25")),
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("pykern")
+
+
+def pytest_report_header():
+    import torch
+
+    from pykern import _C
+
+    return f"pykern: isa {_C.isa()}, {_C.num_threads()} threads, torch {torch.__version__}"
+
+
+def pytest_sessionstart(session):
+    from pykern import _C
+
+    forced = os.environ.get("PYKERN_ISA")
+    if forced and _C.isa() != forced:
+        raise pytest.UsageError(f"PYKERN_ISA={forced}, but the kernels of {_C.isa()} are running")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """Runs the test with 1, 2 and 3 kernel threads."""
+    import pykern
+
+    pykern.set_num_threads(request.param)
+    yield request.param
+    pykern.set_num_threads(0)
+
+
+@pytest.fixture
+def with_threads():
+    """with_threads(n, f) = f() computed by n kernel threads."""
+    import pykern
+
+    def call(n, function):
+        pykern.set_num_threads(n)
+        try:
+            return function()
+        finally:
+            pykern.set_num_threads(0)
+
+    return call
+
+
+@pytest.fixture
+def generator():
+    """A torch.Generator with a fixed seed."""
+    import torch
+
+    return torch.Generator().manual_seed(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    from pykern import _C
+
+    terminalreporter.write_line(f"ran on isa {_C.isa()}")
