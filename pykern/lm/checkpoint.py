@@ -55,7 +55,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What save_checkpoint was given; tensors are CPU tensors of their own, writing to them does not reach the file."""
+    """What save_checkpoint was given. Tensors are on the CPU, in private memory: writing to them leaves the file alone."""
 
     config: Config
     tensors: "dict[str, torch.Tensor]"
@@ -154,8 +154,8 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in header}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    except (SafetensorError, RuntimeError) as error:  # RuntimeError: more than the address space can map
+        raise ValueError(f"{path}: cannot be read as a safetensors file ({error})") from None
 
 
 def _committed(folder: Path) -> list[str] | None:
@@ -269,7 +269,6 @@ def _roll_forward(folder: Path) -> None:
         elif (commit / name).exists():
             os.replace(commit / name, folder / name)
     sync(folder)
-    (commit / MANIFEST).unlink()
     shutil.rmtree(commit)
 
 
