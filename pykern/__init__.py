@@ -14,7 +14,9 @@ _NAMES = {
     "get_num_threads": "pykern.config",
     "explain": "pykern.config",
 }
-_NAMES |= {name: "pykern.ops" for name in ("gelu", "relu", "silu", "sigmoid", "swiglu", "linear")}
+_NAMES |= {
+    name: "pykern.ops" for name in ("gelu", "relu", "silu", "sigmoid", "swiglu", "linear", "layer_norm", "rms_norm")
+}
 _MODULES = ("ops", "nn", "optim", "tape", "lm", "integrations", "testing")
 
 __all__ = [*_NAMES, *_MODULES]

@@ -11,7 +11,8 @@ namespace pykern {
 #define PYKERN_ROOMS(X) \
   X(activation)         \
   X(adamw)              \
-  X(linear)
+  X(linear)             \
+  X(norm)
 
 #define PYKERN_DECLARE(room) void bind_##room(py::module_& m);
 PYKERN_ROOMS(PYKERN_DECLARE)

@@ -277,7 +277,7 @@ static inline Mask<C> lanes_of(uint64_t word, int first) {
   using Bits = typename Registers<C>::Bits;
   Bits bit;
   for (int i = 0; i < Vec<C>::lanes; ++i) bit[i] = 1u << i;
-  const Bits on = (Bits{} + (word >> first)) & bit;
+  const Bits on = (Bits{} + static_cast<uint32_t>(word >> first)) & bit;
   return {(typename Registers<C>::Int)(on == bit)};
 #endif
 }

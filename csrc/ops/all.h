@@ -3,6 +3,7 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/linear.h"
+#include "ops/norm.h"
 
 // X(kernel, argument struct)
 #define PYKERN_OPS(X)                        \
@@ -12,7 +13,11 @@
   X(swiglu_backward, SwigluBackward)         \
   X(linear_forward, LinearForward)           \
   X(linear_backward, LinearBackward)         \
-  X(adamw, AdamW)
+  X(adamw, AdamW)                            \
+  X(layer_norm_forward, LayerNormForward)    \
+  X(layer_norm_backward, LayerNormBackward)  \
+  X(rms_norm_forward, RmsNormForward)        \
+  X(rms_norm_backward, RmsNormBackward)
 
 namespace pykern {
 #define PYKERN_DECLARE(kernel, Op)          \

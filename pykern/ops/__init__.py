@@ -3,5 +3,6 @@
 from pykern.ops.activation import gelu, relu, sigmoid, silu, swiglu
 from pykern.ops.adamw import adamw_
 from pykern.ops.linear import linear
+from pykern.ops.norm import layer_norm, rms_norm
 
-__all__ = ["adamw_", "gelu", "linear", "relu", "sigmoid", "silu", "swiglu"]
+__all__ = ["adamw_", "gelu", "layer_norm", "linear", "relu", "rms_norm", "sigmoid", "silu", "swiglu"]

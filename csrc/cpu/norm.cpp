@@ -1,0 +1,245 @@
+// layer_norm and rms_norm, one row at a time: the row stays in cache between the passes.
+//   forward   out = xhat weight + bias,  xhat = (h - mean) rstd     (rms: mean = 0, no bias)
+//   backward  g = dout weight,  dh = rstd (g - mean g - xhat mean(g xhat)) + dsum
+//             dweight = sum over rows of dout xhat,  dbias = sum over rows of dout
+#include "ops/norm.h"
+
+#include "cpu/parallel.h"
+#include "cpu/reduce.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+constexpr int64_t kGrain = 16384;  // numbers per task: tens of kilobytes
+
+static inline float root(float x) { return __builtin_sqrtf(x); }
+static inline double root(double x) { return __builtin_sqrt(x); }
+
+// sum = x + residual, rounded to T: out and the backward pass see the h that the caller sees.
+template <class T>
+static void add_row(const T* x, const T* residual, T* sum, int64_t D) {
+  each_vector<Compute<T>>(D, [&](int64_t i, int n) {
+    store_n(sum + i, load_n(x + i, n) + load_n(residual + i, n), n);
+  });
+}
+
+// Mean and variance in two passes, the second one correcting the rounding of the first mean.
+template <class T, class C = Compute<T>>
+static void moments(const T* h, int64_t D, C* mean, C* variance) {
+  const C n = static_cast<C>(D > 0 ? D : 1);
+  C sum[1], rest[2];
+  sum_row(D, sum, [&](int64_t i, int m, Vec<C>* t) { t[0] = load_n(h + i, m); });
+  const C guess = sum[0] / n;
+  sum_row(D, rest, [&](int64_t i, int m, Vec<C>* t) {
+    t[0] = load_n(h + i, m) - Vec<C>::splat(guess);
+    t[1] = t[0] * t[0];
+  });
+  const C shift = rest[0] / n, var = rest[1] / n - shift * shift;
+  *mean = guess + shift;
+  *variance = var < 0 ? 0 : var;
+}
+
+template <class T, class C = Compute<T>>
+static C mean_square(const T* h, int64_t D) {
+  C sum[1];
+  sum_row(D, sum, [&](int64_t i, int n, Vec<C>* t) {
+    const auto v = load_n(h + i, n);
+    t[0] = v * v;
+  });
+  return sum[0] / static_cast<C>(D > 0 ? D : 1);
+}
+
+template <bool centred>
+static Status forward(const NormForward& op, int threads) {
+  const int64_t D = row_length(op.x), rows = row_count(op.x);
+  with_type(op.x.dtype, [&]<class T>(T) {
+    using C = Compute<T>;
+    using V = Vec<C>;
+    const T* weight = op.weight.given ? static_cast<const T*>(op.weight.data) : nullptr;
+    const T* bias = op.bias.given ? static_cast<const T*>(op.bias.data) : nullptr;
+    parallel_rows(rows, kGrain / (D + 1) + 1, threads, [&](int64_t first, int64_t last, int) {
+      for (int64_t row = first; row < last; ++row) {
+        const T* h = row_of<T>(op.x, row);
+        if (op.residual.given) {
+          T* sum = row_of<T>(op.sum, row);
+          add_row(h, row_of<const T>(op.residual, row), sum, D);
+          h = sum;
+        }
+        C mean = 0, variance;
+        if constexpr (centred) {
+          moments(h, D, &mean, &variance);
+          static_cast<C*>(op.mean.data)[row] = mean;
+        } else {
+          variance = mean_square(h, D);
+        }
+        const C rstd = 1 / root(variance + static_cast<C>(op.eps));
+        static_cast<C*>(op.rstd.data)[row] = rstd;
+
+        T* out = row_of<T>(op.out, row);
+        each_vector<C>(D, [&](int64_t i, int n) {
+          V y = load_n(h + i, n);
+          if constexpr (centred) y = y - V::splat(mean);
+          y = y * V::splat(rstd);
+          if (weight) y = y * load_n(weight + i, n);
+          if (bias) y = y + load_n(bias + i, n);
+          store_n(out + i, y, n);
+        });
+      }
+    });
+  });
+  return Status::ok;
+}
+
+// The sums over rows for dweight and dbias. Rows are dealt to tasks by their number alone, so the
+// result does not depend on the thread count. A few rows are added in C, the rest in double: the
+// error does not grow with the number of rows.
+template <class C>
+class ColumnSums {
+ public:
+  ColumnSums(int64_t rows, int64_t D, int threads)
+      : D_(D),
+        rows_(rows),
+        per_task_(rows > kTasks * kLeast ? (rows + kTasks - 1) / kTasks : kLeast),
+        few_(2 * D * sizeof(C), threads),
+        total_(2 * D * sizeof(double) * tasks()) {}
+
+  bool ok() const { return few_.ok() && total_.ok(); }
+  int64_t tasks() const { return (rows_ + per_task_ - 1) / per_task_; }
+
+  // body(row, dweight, dbias) adds one row into its two sums.
+  template <class Body>
+  void run(int threads, const Body& body) {
+    parallel_for(tasks(), threads, [&](int64_t task, int thread) {
+      C* few = few_.template at<C>(thread);
+      double* total = total_.template at<double>() + task * 2 * D_;
+      for (int64_t i = 0; i < 2 * D_; ++i) few[i] = 0, total[i] = 0;
+      const int64_t last = (task + 1) * per_task_ < rows_ ? (task + 1) * per_task_ : rows_;
+      for (int64_t row = task * per_task_; row < last; ++row) {
+        body(row, few, few + D_);
+        if ((row + 1) % kFew != 0 && row + 1 != last) continue;
+        for (int64_t i = 0; i < 2 * D_; ++i) total[i] += few[i], few[i] = 0;
+      }
+    });
+  }
+
+  // out[i] = the sum of column i: which = 0 for dweight, 1 for dbias
+  template <class T>
+  void finish(int which, T* out, int threads) const {
+    parallel_rows(D_, kColumns, threads, [&](int64_t first, int64_t last, int) {
+      double sum[kColumns] = {};
+      for (int64_t task = 0; task < tasks(); ++task) {
+        const double* total = total_.template at<double>() + (2 * task + which) * D_;
+        for (int64_t i = first; i < last; ++i) sum[i - first] += total[i];
+      }
+      for (int64_t i = first; i < last; ++i) out[i] = narrow<T>(static_cast<C>(sum[i - first]));
+    });
+  }
+
+ private:
+  static constexpr int64_t kTasks = 128;  // more than there are cores, mostly
+  static constexpr int64_t kLeast = 32;   // rows of a task: the totals stay small beside the input
+  static constexpr int64_t kFew = 16;     // rows added in C, as in a pairwise sum
+  static constexpr int64_t kColumns = 128;
+  int64_t D_, rows_, per_task_;
+  Scratch few_, total_;
+};
+
+// The arguments of one row of the backward pass.
+template <class T>
+struct RowBackward {
+  using C = Compute<T>;
+  const T *h, *weight, *dout, *dsum;
+  T* dh;
+  C *dweight, *dbias;  // null when not wanted
+  C mean, rstd;
+};
+
+template <bool centred, class T, class C = Compute<T>>
+static void backward_row(const RowBackward<T>& row, int64_t D) {
+  using V = Vec<C>;
+  const V mean = V::splat(row.mean), rstd = V::splat(row.rstd);
+  const auto xhat_at = [&](int64_t i, int n) {
+    const V h = load_n(row.h + i, n);
+    return (centred ? h - mean : h) * rstd;
+  };
+  const auto g_at = [&](int64_t i, int n) {
+    const V dy = load_n(row.dout + i, n);
+    return row.weight ? dy * load_n(row.weight + i, n) : dy;
+  };
+
+  C sum[2];  // of g and g xhat
+  sum_row(D, sum, [&](int64_t i, int n, V* t) {
+    t[0] = g_at(i, n);
+    t[1] = t[0] * xhat_at(i, n);
+  });
+  const V mean_g = V::splat(sum[0] / static_cast<C>(D)),
+          mean_gx = V::splat(sum[1] / static_cast<C>(D));
+
+  each_vector<C>(D, [&](int64_t i, int n) {
+    const V xhat = xhat_at(i, n);
+    V g = g_at(i, n);
+    if constexpr (centred) g = g - mean_g;
+    V dh = fma(-xhat, mean_gx, g) * rstd;
+    if (row.dsum) dh = dh + load_n(row.dsum + i, n);
+    store_n(row.dh + i, dh, n);
+    const V dy = load_n(row.dout + i, n);
+    if (row.dweight) store_n(row.dweight + i, fma(dy, xhat, load_n(row.dweight + i, n)), n);
+    if (row.dbias) store_n(row.dbias + i, load_n(row.dbias + i, n) + dy, n);
+  });
+}
+
+template <bool centred>
+static Status backward(const NormBackward& op, int threads) {
+  const int64_t D = row_length(op.h), rows = row_count(op.h);
+  Status status = Status::ok;
+  with_type(op.h.dtype, [&]<class T>(T) {
+    using C = Compute<T>;
+    const auto one_row = [&](int64_t row, C* dweight, C* dbias) {
+      const RowBackward<T> arguments{
+          .h = row_of<const T>(op.h, row),
+          .weight = op.weight.given ? static_cast<const T*>(op.weight.data) : nullptr,
+          .dout = row_of<const T>(op.dout, row),
+          .dsum = op.dsum.given ? row_of<const T>(op.dsum, row) : nullptr,
+          .dh = row_of<T>(op.dh, row),
+          .dweight = op.dweight.given ? dweight : nullptr,
+          .dbias = op.dbias.given ? dbias : nullptr,
+          .mean = centred ? static_cast<const C*>(op.mean.data)[row] : C(0),
+          .rstd = static_cast<const C*>(op.rstd.data)[row]};
+      backward_row<centred>(arguments, D);
+    };
+    if (!op.dweight.given && !op.dbias.given) {
+      parallel_rows(rows, kGrain / (D + 1) + 1, threads, [&](int64_t first, int64_t last, int) {
+        for (int64_t row = first; row < last; ++row) one_row(row, nullptr, nullptr);
+      });
+      return;
+    }
+    ColumnSums<C> sums(rows, D, threads);
+    if (!sums.ok()) {
+      status = Status::out_of_memory;
+      return;
+    }
+    sums.run(threads, one_row);
+    if (op.dweight.given) sums.finish(0, static_cast<T*>(op.dweight.data), threads);
+    if (op.dbias.given) sums.finish(1, static_cast<T*>(op.dbias.data), threads);
+  });
+  return status;
+}
+
+}  // namespace
+
+Status layer_norm_forward(const LayerNormForward& op, int threads) {
+  return forward<true>(op, threads);
+}
+Status rms_norm_forward(const RmsNormForward& op, int threads) {
+  return forward<false>(op, threads);
+}
+Status layer_norm_backward(const LayerNormBackward& op, int threads) {
+  return backward<true>(op, threads);
+}
+Status rms_norm_backward(const RmsNormBackward& op, int threads) {
+  return backward<false>(op, threads);
+}
+
+PYKERN_END_ISA

@@ -1,0 +1,202 @@
+"""Layer and root-mean-square normalisation over the last dimension, residual addition included, differentiable."""
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
+
+# Operators return tensors only: one that is not wanted is empty.
+
+
+def _like(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _stat(x):
+    return x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _unit_last(*tensors):
+    return [None if t is None else unit_last(t) for t in tensors]
+
+
+# ---- layer_norm
+
+
+def _empty_layer_norm(x, weight, bias, residual, eps):
+    mean = _stat(x)
+    return _like(x), x.new_empty(0) if residual is None else _like(x), mean, torch.empty_like(mean)
+
+
+def _layer_norm_forward(x, weight, bias, residual, eps):
+    x, weight, bias, residual = _unit_last(x, weight, bias, residual)
+    out, total, mean, rstd = _empty_layer_norm(x, weight, bias, residual, eps)
+    _C.layer_norm_forward(x, weight, bias, residual, out, None if residual is None else total, mean, rstd, eps=eps)
+    return out, total, mean, rstd
+
+
+def _empty_layer_norm_grads(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias):
+    D = h.shape[-1]
+    return _like(h), h.new_empty(D if wants_weight else 0), h.new_empty(D if wants_bias else 0)
+
+
+def _layer_norm_backward(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias):
+    h, weight, dout, dsum = _unit_last(h, weight, dout, dsum)
+    grads = _empty_layer_norm_grads(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias)
+    dh, dweight, dbias = grads
+    _C.layer_norm_backward(
+        h, weight, mean, rstd, dout, dsum, dh, dweight if wants_weight else None, dbias if wants_bias else None
+    )
+    return grads
+
+
+_layer_norm = define(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _layer_norm_forward,
+    _empty_layer_norm,
+)
+_layer_norm_grads = define(
+    "layer_norm_backward(Tensor h, Tensor? weight, Tensor mean, Tensor rstd, Tensor dout, Tensor? dsum, "
+    "bool wants_weight, bool wants_bias) -> (Tensor, Tensor, Tensor)",
+    _layer_norm_backward,
+    _empty_layer_norm_grads,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, eps):
+        out, total, mean, rstd = below_autograd(_layer_norm, x, weight, bias, residual, eps)
+        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd, *([total] if residual is None else []))
+        ctx.set_materialize_grads(False)
+        return out, total, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsum, _dmean, _drstd):
+        h, weight, mean, rstd = ctx.saved_tensors
+        _, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
+        dout = torch.zeros_like(h) if dout is None else dout
+        dh, dweight, dbias = _layer_norm_grads(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias)
+        return (
+            dh,
+            dweight if wants_weight else None,
+            dbias if wants_bias else None,
+            dh if wants_residual else None,
+            None,
+        )
+
+
+differentiable(_layer_norm, _LayerNorm)
+
+# ---- rms_norm
+
+
+def _empty_rms_norm(x, weight, residual, eps):
+    return _like(x), x.new_empty(0) if residual is None else _like(x), _stat(x)
+
+
+def _rms_norm_forward(x, weight, residual, eps):
+    x, weight, residual = _unit_last(x, weight, residual)
+    out, total, rstd = _empty_rms_norm(x, weight, residual, eps)
+    _C.rms_norm_forward(x, weight, residual, out, None if residual is None else total, rstd, eps=eps)
+    return out, total, rstd
+
+
+def _empty_rms_norm_grads(h, weight, rstd, dout, dsum, wants_weight):
+    return _like(h), h.new_empty(h.shape[-1] if wants_weight else 0)
+
+
+def _rms_norm_backward(h, weight, rstd, dout, dsum, wants_weight):
+    h, weight, dout, dsum = _unit_last(h, weight, dout, dsum)
+    dh, dweight = _empty_rms_norm_grads(h, weight, rstd, dout, dsum, wants_weight)
+    _C.rms_norm_backward(h, weight, rstd, dout, dsum, dh, dweight if wants_weight else None)
+    return dh, dweight
+
+
+_rms_norm = define(
+    "rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
+    _rms_norm_forward,
+    _empty_rms_norm,
+)
+_rms_norm_grads = define(
+    "rms_norm_backward(Tensor h, Tensor? weight, Tensor rstd, Tensor dout, Tensor? dsum, bool wants_weight) "
+    "-> (Tensor, Tensor)",
+    _rms_norm_backward,
+    _empty_rms_norm_grads,
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual, eps):
+        out, total, rstd = below_autograd(_rms_norm, x, weight, residual, eps)
+        ctx.save_for_backward(x if residual is None else total, weight, rstd)
+        ctx.mark_non_differentiable(rstd, *([total] if residual is None else []))
+        ctx.set_materialize_grads(False)
+        return out, total, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dsum, _drstd):
+        h, weight, rstd = ctx.saved_tensors
+        _, wants_weight, wants_residual, _ = ctx.needs_input_grad
+        dout = torch.zeros_like(h) if dout is None else dout
+        dh, dweight = _rms_norm_grads(h, weight, rstd, dout, dsum, wants_weight)
+        return dh, dweight if wants_weight else None, dh if wants_residual else None, None
+
+
+differentiable(_rms_norm, _RMSNorm)
+
+# ---- public
+
+
+def _one_dtype(x: Tensor, *others: Tensor | None) -> tuple:
+    """Under torch.autocast, where x, residual and the parameters may differ in dtype: all in the widest one."""
+    dtypes = {t.dtype for t in (x, *others) if t is not None}
+    if len(dtypes) < 2 or not torch.is_autocast_enabled(x.device.type):
+        return x, *others
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(None if t is None else t.to(widest) for t in (x, *others))
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """(h - mean(h)) / sqrt(var(h) + eps) * weight + bias for x [..., D], weight and bias [D]; h = x + residual.
+
+    The mean and the variance (divided by D) are those of the last dimension. With residual [..., D] the result is
+    (normed, h). float32, float64, bfloat16 or float16, one dtype for all; sums are taken in float32 or wider.
+    Under torch.autocast mixed dtypes are taken to the widest of them. Source: Ba, Kiros and Hinton, arXiv 1607.06450.
+    TypeError: not tensors, other or mixed dtypes. ValueError: shapes that differ, eps negative or not finite.
+    """
+    optional = {"weight": weight, "bias": bias, "residual": residual}
+    require_tensors("layer_norm", x=x, **{name: t for name, t in optional.items() if t is not None})
+    x, weight, bias, residual = _one_dtype(x, weight, bias, residual)
+    out, h, _, _ = _layer_norm(x, weight, bias, residual, eps)
+    return out if residual is None else (out, h)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """h / sqrt(mean(h^2) + eps) * weight for x [..., D], weight [D]; h = x + residual.
+
+    With residual [..., D] the result is (normed, h). Dtypes, autocast and errors as in layer_norm.
+    Source: Zhang and Sennrich, arXiv 1910.07467.
+    """
+    optional = {"weight": weight, "residual": residual}
+    require_tensors("rms_norm", x=x, **{name: t for name, t in optional.items() if t is not None})
+    x, weight, residual = _one_dtype(x, weight, residual)
+    out, h, _ = _rms_norm(x, weight, residual, eps)
+    return out if residual is None else (out, h)
