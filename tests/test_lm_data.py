@@ -1,108 +1,17 @@
-"""Config, corpus, batches and the n-gram baseline of pykern.lm."""
+"""Files, corpus and batches of pykern.lm."""
 
 import hashlib
-import json
 import math
 import os
-import random
 import subprocess
 import sys
-from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pykern.lm import corpus, ngram
+from pykern.lm import corpus
 from pykern.lm.batches import Batches, load_tokens, save_tokens, validation_batches
-from pykern.lm.config import Config
 from pykern.lm.files import json_bytes, read_json, replace_file
-
-GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257)
-SMALL = dict(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=256)
-
-# ---- config ----
-
-REFUSED_FIELDS = {
-    "zero": ("n_layer", 0),
-    "negative": ("n_head", -1),
-    "bool is not a count": ("n_embd", True),
-    "float": ("block_size", 16.0),
-    "NaN": ("n_layer", math.nan),
-    "huge integer": ("vocab_size", 10**5000),
-    "string": ("n_layer", "2"),
-    "None": ("n_embd", None),
-    "heads do not divide the width": ("n_embd", 33),
-    "kv heads do not divide the heads": ("n_kv_head", 3),
-    "zero kv heads": ("n_kv_head", 0),
-    "unknown positions": ("positions", "relative"),
-    "positions of another type": ("positions", ["rope"]),
-    "unknown norm": ("norm", "batchnorm"),
-    "unknown activation": ("activation", "gelu_tanh"),
-    "tied head as integer": ("tied_head", 1),
-    "dropout of one": ("dropout", 1.0),
-    "dropout NaN": ("dropout", math.nan),
-    "dropout negative": ("dropout", -0.1),
-    "dropout as text": ("dropout", "0.1"),
-    "dropout huge": ("dropout", 10**400),
-    "dropout bool": ("dropout", False),
-}
-
-
-@pytest.mark.parametrize("field, value", REFUSED_FIELDS.values(), ids=REFUSED_FIELDS)
-def test_config_refuses_and_names_the_field(field, value):
-    for build in (lambda values: Config(**values), Config.from_dict):
-        with pytest.raises(ValueError, match=rf"^Config: .*{field}") as caught:
-            build({**SMALL, field: value})
-        assert len(str(caught.value)) < 200
-
-
-@pytest.mark.parametrize("positions, n_embd", [("rope", 12), ("sinusoidal", 15)])
-def test_config_refuses_odd_sizes_where_pairs_are_needed(positions, n_embd):
-    heads = {"n_head": 4 if positions == "rope" else 3}
-    with pytest.raises(ValueError, match="even"):
-        Config(**{**SMALL, **heads, "n_embd": n_embd, "positions": positions})
-
-
-def test_config_from_dict_refuses_unknown_and_missing_fields():
-    with pytest.raises(ValueError, match="unknown field 'n_heads'"):
-        Config.from_dict({**SMALL, "n_heads": 4})
-    with pytest.raises(ValueError, match="n_embd is missing"):
-        Config.from_dict({name: value for name, value in SMALL.items() if name != "n_embd"})
-    with pytest.raises(ValueError, match="mapping"):
-        Config.from_dict([1, 2])
-
-
-def test_config_round_trip_and_frozen():
-    config = Config(
-        **SMALL, n_kv_head=2, positions="rope", norm="rmsnorm", activation="swiglu", tied_head=False, dropout=0.1
-    )
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(AttributeError):
-        config.n_layer = 3
-
-
-def test_config_counts_gpt2():
-    config = Config(**GPT2)
-    assert config.parameter_count == 124_439_808  # the published figure
-    assert (config.head_size, config.hidden_size, config.kv_heads) == (64, 3072, 12)
-    # Matrices: 12 x 12 x 768^2 and the head; attention: 12 layers x 4 x 768 x 1025 / 2 visible keys.
-    assert config.forward_flops_per_token() == 2 * (12 * 12 * 768**2 + 768 * 50257) + 12 * 4 * 768 * 1025 // 2
-    assert config.training_flops_per_token(1) == 3 * config.forward_flops_per_token(1)
-
-
-@pytest.mark.parametrize("n_embd, hidden", [(768, 2048), (4096, 10928), (8, 24), (3, 8), (384, 1024)])
-def test_config_swiglu_hidden_size(n_embd, hidden):
-    config = Config(**{**SMALL, "n_head": 1, "n_embd": n_embd, "activation": "swiglu"})
-    assert config.hidden_size == hidden == math.ceil(8 * n_embd / 3 / 8) * 8
-
-
-def test_config_counts_llama_shape():
-    config = Config(**SMALL, n_kv_head=2, positions="rope", norm="rmsnorm", activation="swiglu", tied_head=False)
-    block = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 88 + 2 * 32
-    assert config.parameter_count == 2 * 256 * 32 + 2 * block + 32
-
 
 # ---- files ----
 
@@ -404,82 +313,6 @@ def test_token_file_refusals(tmp_path):
         load_tokens(path)
     with pytest.raises(FileNotFoundError):
         load_tokens(tmp_path / "none.npy")
-
-
-# ---- n-gram ----
-
-
-class SlowWittenBell:
-    """The recursion as it is written, with dictionaries."""
-
-    def __init__(self, data, order):
-        self.after = defaultdict(Counter)
-        for n in range(1, order + 1):
-            for end in range(n, len(data) + 1):
-                self.after[data[end - n : end - 1], n][data[end - 1]] += 1
-
-    def probability(self, history, byte, n):
-        if n == 0:
-            return 1 / 256
-        if len(history) < n - 1:
-            return self.probability(history, byte, n - 1)
-        seen = self.after.get((history[len(history) - n + 1 :], n), {})
-        lower = self.probability(history, byte, n - 1)
-        total, types = sum(seen.values()), len(seen)
-        return (seen.get(byte, 0) + types * lower) / (total + types) if total else lower
-
-
-def sample(length, seed, letters=b"ab\x00\xff"):
-    draw = random.Random(seed)
-    return bytes(draw.choice(letters) for _ in range(length))
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 5, 8])
-def test_ngram_equals_the_recursion(order):
-    train, held_out = sample(300, 1), sample(60, 2, b"abc\x00\xff")
-    model, slow = ngram.NGram(train, order), SlowWittenBell(train, order)
-    bits = model.bits_per_byte(held_out)
-    for n in range(1, order + 1):
-        expected = [slow.probability(held_out[:i], held_out[i], n) for i in range(len(held_out))]
-        np.testing.assert_allclose(bits[n - 1], np.mean(-np.log2(expected)), rtol=1e-12)
-    for history in (b"", b"a", held_out[:20], b"zzzzzzzz", train[-7:]):
-        expected = [slow.probability(history, byte, order) for byte in range(256)]
-        np.testing.assert_allclose(model.probabilities(history), expected, rtol=1e-12)
-
-
-@settings(max_examples=60, deadline=None)
-@given(train=st.binary(min_size=1, max_size=80), history=st.binary(max_size=12), order=st.integers(1, 8))
-def test_ngram_probabilities_sum_to_one(train, history, order):
-    probabilities = ngram.NGram(train, order).probabilities(history)
-    assert (probabilities > 0).all()
-    np.testing.assert_allclose(probabilities.sum(), 1.0, rtol=1e-12)
-
-
-def test_ngram_texts_shorter_than_the_order():
-    model = ngram.NGram(b"ab", 6)
-    np.testing.assert_allclose(model.bits_per_byte(b"a"), -np.log2((1 + 2 / 256) / 4))
-    assert model.bits_per_byte(["aé"]).shape == (6,)
-
-
-def test_ngram_refusals():
-    for texts in (b"", [], [""]):
-        with pytest.raises(ValueError, match="no text to count"):
-            ngram.NGram(texts)
-    with pytest.raises(ValueError, match="no text to evaluate"):
-        ngram.NGram(b"a").bits_per_byte(b"")
-    for order in (0, 9, 2.0, True):
-        with pytest.raises(ValueError, match="order must be an integer from 1 to 8"):
-            ngram.NGram(b"a", order)
-    with pytest.raises(ValueError, match="between 1 and 3"):
-        ngram.NGram(b"a", 3).probabilities(b"", 4)
-
-
-@pytest.mark.slow
-def test_ngram_baseline_on_the_standard_library():
-    """Over several ways to draw the held-out files, orders 4 to 6 gave 1.79 to 2.24 bits per byte."""
-    text = corpus.load("stdlib")
-    bits = ngram.baseline(text.train_texts, text.val_texts)
-    assert set(bits) == {4, 5, 6} and all(1.7 < value < 2.3 for value in bits.values())
 
 
 def test_importing_the_data_side_loads_nothing_heavy():

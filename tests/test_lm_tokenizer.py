@@ -41,7 +41,7 @@ ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=6
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=8 * settings.default.max_examples)
 @given(text=ANY_TEXT)
 def test_byte_level_round_trip_is_exact(kind, text):
     ids = MADE[kind].encode(text)
@@ -56,9 +56,9 @@ def test_byte_level_round_trip_of_hard_texts(kind, text):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=8 * settings.default.max_examples)
 @given(text=ANY_TEXT)
-def test_ids_are_those_of_the_library(tmp_path_factory, kind, text):
+def test_ids_are_those_of_the_library(kind, text):
     """Another tool that reads our tokenizer.json sees the ids and the text that we do."""
     from tokenizers import Tokenizer as HuggingFace
 
@@ -238,7 +238,7 @@ def test_files_that_are_no_files(tmp_path):
         Tokenizer.load(tmp_path / "big.json")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=8 * settings.default.max_examples)
 @given(data=st.data())
 def test_damaged_file_gives_a_tokenizer_or_a_value_error(data):
     """One byte changed or some cut out, anywhere."""

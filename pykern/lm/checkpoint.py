@@ -55,7 +55,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What save_checkpoint was given. Tensors are on the CPU, in private memory: writing to them leaves the file alone."""
+    """What save_checkpoint was given. Tensors are on the CPU, and writing to them leaves the file alone."""
 
     config: Config
     tensors: "dict[str, torch.Tensor]"
