@@ -8,11 +8,15 @@
 namespace pykern {
 
 // bind_<room>, defined in bind/<room>.cpp
+// clang-format off
 #define PYKERN_ROOMS(X) \
-  X(activation)         \
-  X(adamw)              \
-  X(linear)             \
-  X(norm)
+  X(activation) \
+  X(adamw) \
+  X(attention) \
+  X(linear) \
+  X(norm) \
+  /* end of the list */
+// clang-format on
 
 #define PYKERN_DECLARE(room) void bind_##room(py::module_& m);
 PYKERN_ROOMS(PYKERN_DECLARE)

@@ -10,6 +10,9 @@
 PYKERN_BEGIN_ISA
 namespace {
 
+static inline float natural_log(float x) { return __builtin_logf(x); }
+static inline double natural_log(double x) { return __builtin_log(x); }
+
 // 2^n for integral n in [-1022, 1023] ([-126, 127] in float)
 static inline VecF power_of_two(VecF n) {
   using Int = Registers<float>::Int;

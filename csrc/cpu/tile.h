@@ -50,6 +50,11 @@ template <class T, int R, int NV>
                                                         const Compute<T>* b, int64_t b_unit,
                                                         Vec<Compute<T>> (&acc)[R][NV]) {
   using V = Vec<Compute<T>>;
+  V sum[R][NV];  // a copy that only constants index, so that it lives in registers
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) sum[i][j] = acc[i][j];
   for (int64_t u = 0; u < count; ++u) {
     V row[NV];
 #pragma GCC unroll 8
@@ -58,11 +63,15 @@ template <class T, int R, int NV>
     for (int i = 0; i < R; ++i) {
       const V x = V::splat(a[i * a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add<T>(acc[i][j], x, row[j]);
+      for (int j = 0; j < NV; ++j) sum[i][j] = multiply_add<T>(sum[i][j], x, row[j]);
     }
     a += a_unit;
     b += b_unit;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) acc[i][j] = sum[i][j];
 }
 
 // Calls body(Rows<n>{}) with n = rows as a compile-time constant, 1 <= rows <= kTileRows.

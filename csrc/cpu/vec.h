@@ -81,22 +81,9 @@ struct Vec {
   Mask<C> operator==(Vec b) const { return {r == b.r}; }
   Mask<C> operator!=(Vec b) const { return {r != b.r}; }
 
-  // Halves are added first to last lane pair by pair: a fixed tree, the same on every call.
-  C sum() const {
-    C lane[lanes];
-    memcpy(lane, &r, sizeof r);
-    for (int width = lanes / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
-  }
-  C max() const {  // of lanes without NaN
-    C lane[lanes];
-    memcpy(lane, &r, sizeof r);
-    for (int width = lanes / 2; width > 0; width /= 2)
-      for (int i = 0; i < width; ++i)
-        lane[i] = lane[i] > lane[i + width] ? lane[i] : lane[i + width];
-    return lane[0];
-  }
+  // Halves are combined until one lane is left: a fixed tree, the same on every call.
+  C sum() const;
+  C max() const;  // of lanes without NaN
 };
 
 using VecF = Vec<float>;
@@ -178,6 +165,30 @@ static inline VecD sqrt(VecD a) {
   for (int i = 0; i < VecD::lanes; ++i) a.r[i] = __builtin_sqrt(a.r[i]);
   return a;
 #endif
+}
+
+// lane i of the result is lane (i + by) % lanes
+template <int by, class R, int... I>
+static inline R rotate(R r, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(r, r, ((I + by) % n)...);
+}
+template <int width, class C, class Combine>
+static inline C fold(Vec<C> v, const Combine& combine) {
+  if constexpr (width == 0) {
+    return v.r[0];
+  } else {
+    constexpr auto lanes = std::make_integer_sequence<int, Vec<C>::lanes>();
+    return fold<width / 2>(combine(v, Vec<C>{rotate<width>(v.r, lanes)}), combine);
+  }
+}
+template <class C>
+inline C Vec<C>::sum() const {
+  return fold<lanes / 2>(*this, [](Vec a, Vec b) { return a + b; });
+}
+template <class C>
+inline C Vec<C>::max() const {
+  return fold<lanes / 2>(*this, [](Vec a, Vec b) { return select(b > a, b, a); });
 }
 
 // ---- single numbers of the storage types
@@ -279,6 +290,39 @@ static inline Mask<C> lanes_of(uint64_t word, int first) {
   for (int i = 0; i < Vec<C>::lanes; ++i) bit[i] = 1u << i;
   const Bits on = (Bits{} + static_cast<uint32_t>(word >> first)) & bit;
   return {(typename Registers<C>::Int)(on == bit)};
+#endif
+}
+
+// bit i is set when lane i is on
+template <class C>
+static inline uint64_t bits_of(Mask<C> m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4)
+    return _mm512_movepi32_mask((__m512i)m.r);
+  else
+    return _mm512_movepi64_mask((__m512i)m.r);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(C) == 4)
+    return static_cast<unsigned>(_mm256_movemask_ps((__m256)m.r));
+  else
+    return static_cast<unsigned>(_mm256_movemask_pd((__m256d)m.r));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < Vec<C>::lanes; ++i) bits |= static_cast<uint64_t>(m.r[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// bit i is set when byte i of n <= 64 is not 0
+static inline uint64_t nonzero_bytes(const uint8_t* p, int n) {
+#if defined(__AVX512BW__)
+  const __mmask64 in = n == 64 ? ~0ull : (1ull << n) - 1;
+  const __m512i bytes = _mm512_maskz_loadu_epi8(in, p);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < n; ++i) bits |= static_cast<uint64_t>(p[i] != 0) << i;
+  return bits;
 #endif
 }
 

@@ -2,22 +2,27 @@
 #pragma once
 #include "ops/activation.h"
 #include "ops/adamw.h"
+#include "ops/attention.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
 
-// X(kernel, argument struct)
-#define PYKERN_OPS(X)                        \
-  X(activation_forward, ActivationForward)   \
+// X(kernel, argument struct), a line per kernel
+// clang-format off
+#define PYKERN_OPS(X) \
+  X(activation_forward, ActivationForward) \
   X(activation_backward, ActivationBackward) \
-  X(swiglu_forward, SwigluForward)           \
-  X(swiglu_backward, SwigluBackward)         \
-  X(linear_forward, LinearForward)           \
-  X(linear_backward, LinearBackward)         \
-  X(adamw, AdamW)                            \
-  X(layer_norm_forward, LayerNormForward)    \
-  X(layer_norm_backward, LayerNormBackward)  \
-  X(rms_norm_forward, RmsNormForward)        \
-  X(rms_norm_backward, RmsNormBackward)
+  X(swiglu_forward, SwigluForward) \
+  X(swiglu_backward, SwigluBackward) \
+  X(linear_forward, LinearForward) \
+  X(linear_backward, LinearBackward) \
+  X(attention_forward, AttentionForward) \
+  X(adamw, AdamW) \
+  X(layer_norm_forward, LayerNormForward) \
+  X(layer_norm_backward, LayerNormBackward) \
+  X(rms_norm_forward, RmsNormForward) \
+  X(rms_norm_backward, RmsNormBackward) \
+  /* end of the list */
+// clang-format on
 
 namespace pykern {
 #define PYKERN_DECLARE(kernel, Op)          \

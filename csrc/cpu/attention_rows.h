@@ -1,0 +1,195 @@
+// Forward attention of a block of rows: online softmax over tiles of 64 keys. For each tile a row
+// updates its maximum m, its sum l and its output, which is rescaled when m moves. Tiles start at
+// multiples of 64 and every sum runs in the order of the keys, so the bits of a row depend on the
+// row and the keys it sees: prefill, chunk and decode agree.
+#pragma once
+#include "cpu/attention_tile.h"
+#include "cpu/scratch.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+constexpr int kBlockRows = 96;  // packing a tile of keys costs as much as 6 rows of its products
+
+// Where a block of rows goes.
+template <class T>
+struct Results {
+  RowList<T> out;
+  Compute<T>* lse;
+  int64_t lse_head, lse_row;
+};
+
+// The scratch memory of one thread, cut into its arrays.
+template <class T>
+struct ForwardMemory {
+  using C = Compute<T>;
+  static constexpr int W = kTileColumns<T>, R = kTileRows;
+  C *q, *keys, *values, *hidden, *s, *p, *out, *m, *l;
+  int64_t strip, E_padded;
+  T* gathered;
+
+  template <class Take>
+  void layout(int64_t D, int64_t E, const Take& take) {
+    strip = units<T>(D) * R + Vec<C>::lanes;
+    E_padded = round_up(E, W);
+    q = take(kBlockRows / R * strip);
+    keys = take(units<T>(D) * kKeys);
+    values = take(units<T>(kKeys) * E_padded + Vec<C>::lanes);
+    hidden = take(units<T>(kKeys) * W);
+    s = take(R * kKeys);
+    p = take(R * kKeys);
+    out = take(kBlockRows * E_padded);
+    m = take(kBlockRows);
+    l = take(kBlockRows * Vec<C>::lanes);
+    gathered = reinterpret_cast<T*>(take(R * D + Vec<C>::lanes));
+  }
+  static int64_t bytes(int64_t D, int64_t E) {
+    int64_t total = 0;
+    ForwardMemory().layout(D, E, [&](int64_t n) {
+      total += round_up(n * sizeof(C), 64);
+      return static_cast<C*>(nullptr);
+    });
+    return total;
+  }
+  ForwardMemory() = default;
+  ForwardMemory(int64_t D, int64_t E, char* memory) {
+    layout(D, E, [&](int64_t n) {
+      C* array = reinterpret_cast<C*>(memory);
+      memory += round_up(n * sizeof(C), 64);
+      return array;
+    });
+  }
+};
+
+// Softmax weights of one row against one tile: updates m and l, stores the weights as the left
+// operand of the product with v, returns the factor that rescales what came before.
+template <class T>
+static inline Compute<T> update_row(const Group<T>& x, int64_t r, int64_t first,
+                                    const Compute<T>* s, uint64_t& word, Compute<T>* p,
+                                    Compute<T>* m, Compute<T>* l) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int n = kKeys / V::lanes;
+  V y[n];
+  finish_scores<T>(x, r / x.T_, r % x.T_, first, s, word, y);
+  V top = y[0];
+#pragma GCC unroll 16
+  for (int i = 1; i < n; ++i) top = max(top, y[i]);
+  const C tile_max = top.max();
+  const C m_new = tile_max > *m ? tile_max : *m;
+  const C base = m_new == C(-INFINITY) ? C(0) : m_new;  // no key seen so far: all weights are 0
+  const V rescale = exp(V::splat(*m - base)), shift = V::splat(base);
+  V total = V::zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    y[i] = exp(y[i] - shift);
+    total = total + y[i];
+    if constexpr (kPaired<T>)
+      store_bf16(reinterpret_cast<uint16_t*>(p) + i * V::lanes, y[i]);
+    else
+      store(p + i * V::lanes, y[i]);
+  }
+  store(l, fma(load(l), rescale, total));
+  *m = m_new;
+  return rescale.r[0];
+}
+
+// Rows r0 .. r1 - 1 of the group, at most kBlockRows.
+template <class T>
+static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results<T>& results,
+                         ForwardMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int W = kTileColumns<T>, R = kTileRows;
+  constexpr int p_row = kKeys / kUnit<T>;  // units of a row of weights
+  const int64_t count = units<T>(x.D), E_padded = memory.E_padded;
+  const int64_t rows = r1 - r0;
+
+  int64_t last_key = 0;
+  for (int64_t i = 0; i < rows; i += R) {  // queries as strips of R lanes
+    const int n = rows - i < R ? static_cast<int>(rows - i) : R;
+    for (int j = 0; j < n; ++j) {
+      const int64_t r = r0 + i + j, limit = x.limit(r % x.T_);
+      memcpy(memory.gathered + j * x.D, x.q.at(r / x.T_, r % x.T_), x.D * sizeof(T));
+      last_key = limit > last_key ? limit : last_key;
+    }
+    pack<T>(memory.q + i / R * memory.strip, R, {memory.gathered, x.D, 1}, n, n, x.D);
+  }
+  for (int64_t i = 0; i < rows; ++i) memory.m[i] = -INFINITY;
+  for (int64_t i = 0; i < rows * V::lanes; ++i) memory.l[i] = C(0);
+  for (int64_t i = 0; i < rows * E_padded; ++i) memory.out[i] = C(0);
+
+  for (int64_t first = 0; first < last_key; first += kKeys) {
+    const int64_t keys = last_key - first < kKeys ? last_key - first : kKeys;
+    pack_keys<T>(memory.keys, x.k + first * x.k_row, x.k_row, keys, x.D);
+    const bool finite = pack_rows<T>(memory.values, x.v + first * x.v_row, x.v_row, keys, x.E);
+    const int64_t v_panel = units<T>(keys) * W;
+
+    for (int64_t i0 = 0; i0 < rows; i0 += R) {
+      const int n = rows - i0 < R ? static_cast<int>(rows - i0) : R;
+      uint64_t words[R], any = 0, all = low_bits(keys);
+      for (int i = 0; i < n; ++i) {
+        const int64_t r = r0 + i0 + i;
+        words[i] = visible(x, r / x.T_, r % x.T_, first);
+        any |= words[i];
+      }
+      if (any == 0) continue;
+
+      with_rows(n, [&](auto strip_rows) {
+        constexpr int n = strip_rows.value;
+        for (int c = 0; c < kKeys / W; ++c) {
+          V acc[n][kTileVectors] = {};
+          multiply_tile<T, n, kTileVectors>(count, memory.q + i0 / R * memory.strip, 1, R,
+                                            memory.keys + c * count * W, W, acc);
+          for (int i = 0; i < n; ++i)
+            for (int j = 0; j < kTileVectors; ++j)
+              store(memory.s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
+        }
+        C rescale[n];
+        for (int i = 0; i < n; ++i) {
+          rescale[i] = update_row<T>(x, r0 + i0 + i, first, memory.s + i * kKeys, words[i],
+                                     memory.p + i * p_row, memory.m + i0 + i,
+                                     memory.l + (i0 + i) * V::lanes);
+          all &= words[i];
+        }
+        const bool hide = !finite && all != low_bits(keys);
+        for (int64_t e = 0; e < E_padded; e += W) {
+          const C* panel = memory.values + e / W * v_panel;
+          V acc[n][kTileVectors] = {};
+          if (!hide) {
+            multiply_tile<T, n, kTileVectors>(units<T>(keys), memory.p, p_row, 1, panel, W, acc);
+          } else {
+            for (int i = 0; i < n; ++i) {
+              const uint64_t word = words[i];
+              hide_rows<T>(memory.hidden, panel, keys, [&](int64_t k) { return word >> k & 1; });
+              V row[1][kTileVectors] = {};
+              multiply_tile<T, 1, kTileVectors>(units<T>(keys), memory.p + i * p_row, p_row, 1,
+                                                memory.hidden, W, row);
+              for (int j = 0; j < kTileVectors; ++j) acc[i][j] = row[0][j];
+            }
+          }
+          for (int i = 0; i < n; ++i)
+            for (int j = 0; j < kTileVectors; ++j) {
+              C* out = memory.out + (i0 + i) * E_padded + e + j * V::lanes;
+              store(out, fma(load(out), V::splat(rescale[i]), acc[i][j]));
+            }
+        }
+      });
+    }
+  }
+
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
+    const C l = load(memory.l + i * V::lanes).sum();
+    const C inverse = l == C(0) ? C(0) : C(1) / l;  // a row that sees no key is all zeros
+    T* out = results.out.at(h, t);
+    each_vector<C>(x.E, [&](int64_t e, int n) {
+      store_n(out + e, load(memory.out + i * E_padded + e) * V::splat(inverse), n);
+    });
+    C* lse = results.lse + h * results.lse_head + t * results.lse_row;
+    *lse = l == C(0) ? C(-INFINITY) : memory.m[i] + natural_log(l);
+  }
+}
+
+}  // namespace
+PYKERN_END_ISA
