@@ -16,6 +16,7 @@
   X(linear_forward, LinearForward) \
   X(linear_backward, LinearBackward) \
   X(attention_forward, AttentionForward) \
+  X(attention_backward, AttentionBackward) \
   X(adamw, AdamW) \
   X(layer_norm_forward, LayerNormForward) \
   X(layer_norm_backward, LayerNormBackward) \
