@@ -14,9 +14,20 @@ _NAMES = {
     "get_num_threads": "pykern.config",
     "explain": "pykern.config",
 }
-_NAMES |= {
-    name: "pykern.ops" for name in ("gelu", "relu", "silu", "sigmoid", "swiglu", "linear", "layer_norm", "rms_norm")
-}
+_NAMES |= dict.fromkeys(
+    [
+        "attention",
+        "gelu",
+        "layer_norm",
+        "linear",
+        "relu",
+        "rms_norm",
+        "sigmoid",
+        "silu",
+        "swiglu",
+    ],
+    "pykern.ops",
+)
 _MODULES = ("ops", "nn", "optim", "tape", "lm", "integrations", "testing")
 
 __all__ = [*_NAMES, *_MODULES]
