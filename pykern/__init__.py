@@ -17,6 +17,7 @@ _NAMES = {
 _NAMES |= dict.fromkeys(
     [
         "attention",
+        "cross_entropy",
         "gelu",
         "layer_norm",
         "linear",

@@ -13,7 +13,9 @@ namespace pykern {
   X(activation) \
   X(adamw) \
   X(attention) \
+  X(cross_entropy) \
   X(linear) \
+  X(memory) \
   X(norm) \
   /* end of the list */
 // clang-format on

@@ -3,6 +3,7 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/attention.h"
+#include "ops/cross_entropy.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
 
@@ -22,6 +23,8 @@
   X(layer_norm_backward, LayerNormBackward) \
   X(rms_norm_forward, RmsNormForward) \
   X(rms_norm_backward, RmsNormBackward) \
+  X(cross_entropy_forward, CrossEntropyForward) \
+  X(cross_entropy_backward, CrossEntropyBackward) \
   /* end of the list */
 // clang-format on
 

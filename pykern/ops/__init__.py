@@ -3,7 +3,20 @@
 from pykern.ops.activation import gelu, relu, sigmoid, silu, swiglu
 from pykern.ops.adamw import adamw_
 from pykern.ops.attention import attention
+from pykern.ops.cross_entropy import cross_entropy
 from pykern.ops.linear import linear
 from pykern.ops.norm import layer_norm, rms_norm
 
-__all__ = ["adamw_", "attention", "gelu", "layer_norm", "linear", "relu", "rms_norm", "sigmoid", "silu", "swiglu"]
+__all__ = [
+    "adamw_",
+    "attention",
+    "cross_entropy",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "relu",
+    "rms_norm",
+    "sigmoid",
+    "silu",
+    "swiglu",
+]
