@@ -301,7 +301,7 @@ def adamw(
     step: int,
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(param, exp_avg, exp_avg_sq) after step `step` = 1, 2, ... of AdamW, arXiv 1711.05101; changes nothing in place."""
+    """(param, exp_avg, exp_avg_sq) after step `step` = 1, 2, ... of AdamW (arXiv 1711.05101), not in place."""
     grad = grad * grad_scale
     exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
