@@ -1,8 +1,11 @@
 """What this installation can do and what it chose: ISA, threads, OpenMP, CUDA, torch."""
 
+import operator
 import os
 import sys
 from pathlib import Path
+
+import pykern
 
 try:
     from pykern import _C
@@ -17,9 +20,15 @@ except ImportError as error:
 def set_num_threads(n: int) -> None:
     """Thread count of the CPU kernels, 1..1024; 0 follows OpenMP, that is torch.set_num_threads.
 
-    ValueError: any other number.
+    TypeError: not an integer. ValueError: any other number.
     """
-    _C.set_num_threads(n)
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"set_num_threads: n must be an integer, got {type(n).__name__}") from None
+    if not 0 <= count <= 1024:
+        raise ValueError(f"set_num_threads: n is {count}, expected 1..1024, or 0 to follow OpenMP")
+    _C.set_num_threads(count)
 
 
 def get_num_threads() -> int:
@@ -63,15 +72,23 @@ def show_config() -> None:
 
 
 def explain(op: str, *args, **kwargs) -> str:
-    """One sentence: which kernel `op` runs for these arguments, and why."""
-    tensors = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and hasattr(a, "shape")]
-    if not tensors:
+    """One sentence: which kernel `op` runs for these arguments, and why; "raises, because ..." when none does.
+
+    ValueError: no such op, no array among the arguments.
+    """
+    known = [name for name, module in pykern._NAMES.items() if module == "pykern.ops"]
+    if op not in known:
+        raise ValueError(f"explain: {op!r} is not one of {', '.join(sorted(known))}")
+    arrays = [a for a in (*args, *kwargs.values()) if hasattr(a, "dtype") and hasattr(a, "shape")]
+    if not arrays:
         raise ValueError(f"explain: {op} needs at least one array argument")
-    first = tensors[0]
+    first = next((a for a in arrays if "int" not in str(a.dtype) and "bool" not in str(a.dtype)), arrays[0])
     device = str(getattr(first, "device", "cpu"))
     if device.startswith("cuda"):
         return f"{op}: raises, because CUDA is {_C.cuda_status()} in this installation and the tensors are on {device}"
-    return (
-        f"{op}: CPU kernel for ISA {_C.isa()}, {str(first.dtype).removeprefix('torch.')}, {_C.num_threads()} threads, "
-        f"arrays borrowed by {_C.borrow_path(first)}"
-    )
+    try:
+        path = _C.borrow_path(first)
+    except (TypeError, ValueError) as refusal:
+        return f"{op}: raises, because {str(refusal).removeprefix('borrow_path: ')}"
+    dtype = str(first.dtype).removeprefix("torch.")
+    return f"{op}: CPU kernel for ISA {_C.isa()}, {dtype}, {_C.num_threads()} threads, arrays borrowed by {path}"

@@ -96,7 +96,7 @@ static Tensor from_numpy(const py::array& array, const char* op, const char* nam
   const py::dtype dtype = array.dtype();
   const char kind = dtype.kind();
   const int64_t item = dtype.itemsize();
-  PYKERN_CHECK(type, dtype.byteorder() != '>', op, ": ", name, " is big-endian");
+  PYKERN_CHECK(type, dtype.byteorder() != '>', op, ": ", name, " is big-endian, expected the byte order of this processor");
   dlpack::DataType d{255, static_cast<uint8_t>(item * 8), 1};
   if (kind == 'f') d.code = dlpack::kFloat;
   if (kind == 'i') d.code = dlpack::kInt;
@@ -122,36 +122,45 @@ static Tensor from_numpy(const py::array& array, const char* op, const char* nam
   return from_view(view, !array.writeable(), op, name);
 }
 
-static py::object call_dlpack(py::handle array) {
+// The first line of a Python error: torch's own go on with a C++ stack trace.
+[[noreturn]] static void fail_to_borrow(const py::error_already_set& error, const char* op,
+                                        const char* name) {
+  const std::string reason = error.what();
+  fail(Kind::type, op, ": ", name, " cannot be borrowed: ", reason.substr(0, reason.find('\n')));
+}
+
+static py::object call_dlpack(py::handle array, const char* op, const char* name) {
   try {
     return array.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 3));
   } catch (py::error_already_set& error) {
-    if (!error.matches(PyExc_TypeError)) throw;
+    if (!error.matches(PyExc_TypeError)) fail_to_borrow(error, op, name);
   }
-  return array.attr("__dlpack__")();  // a producer older than DLPack 1.0
+  try {
+    return array.attr("__dlpack__")();  // a producer older than DLPack 1.0
+  } catch (py::error_already_set& error) {
+    fail_to_borrow(error, op, name);
+  }
 }
 
 Borrowed::Borrowed(py::handle array, const char* op, const char* name) {
   if (const auto* api = exchange_api(Py_TYPE(array.ptr()))) {
     dlpack::View view;
-    if (api->view_from_object(array.ptr(), &view) != 0) {
-      py::error_already_set reason;
-      fail(Kind::type, op, ": ", name, " cannot be borrowed: ", reason.what());
-    }
+    if (api->view_from_object(array.ptr(), &view) != 0)
+      fail_to_borrow(py::error_already_set(), op, name);
     tensor_ = from_view(view, false, op, name);
     path_ = "exchange";
   } else if (py::isinstance<py::array>(array)) {
     tensor_ = from_numpy(py::reinterpret_borrow<py::array>(array), op, name);
     path_ = "numpy";
   } else if (py::hasattr(array, "__dlpack__")) {
-    capsule_ = call_dlpack(array);
+    capsule_ = call_dlpack(array, op, name);
     PyObject* c = capsule_.ptr();  // never renamed: its own destructor releases the memory
     if (PyCapsule_IsValid(c, "dltensor_versioned")) {
       const auto* m =
           static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(c, "dltensor_versioned"));
       PYKERN_CHECK(type, m->version.major == dlpack::kMajorVersion, op, ": ", name,
                    " comes with DLPack version ", m->version.major, ", expected 1");
-      tensor_ = from_view(m->view, m->flags & dlpack::kReadOnly, op, name);
+      tensor_ = from_view(m->view, m->flags & (dlpack::kReadOnly | dlpack::kCopied), op, name);
     } else if (PyCapsule_IsValid(c, "dltensor")) {
       const auto* m = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(c, "dltensor"));
       tensor_ = from_view(m->view, false, op, name);

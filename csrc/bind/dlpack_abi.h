@@ -6,7 +6,10 @@
 namespace pykern::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr uint64_t kReadOnly = 1;  // bit of ManagedVersioned::flags
+
+// bits of ManagedVersioned::flags
+constexpr uint64_t kReadOnly = 1;
+constexpr uint64_t kCopied = 2;  // made for this call: what is written there is lost
 
 enum DeviceType : int32_t { kCPU = 1, kCUDA = 2, kCUDAHost = 3, kCUDAManaged = 13 };
 enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6 };

@@ -221,8 +221,7 @@ bool may_overlap(const Tensor& a, const Tensor& b) {
     if (b.size[i] > a.size[i]) both.size[i] = b.size[i], both.stride[i] = b.stride[i];
   int order[kMaxRank];
   const int n = by_stride(both, order);
-  for (int i = 0; i < n; ++i)
-    if (both.stride[order[i]] <= 0) return true;
+  if (overlaps_itself(both)) return true;  // one is large where the other's strides are small
   Tensor wide = both;
   for (int i = 0; i < a.rank; ++i) wide.size[i] = a.size[i];
   return reaches(wide, b, order, n, bytes / item_size(a.dtype));

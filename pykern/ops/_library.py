@@ -6,6 +6,7 @@ in front of it, used only when some input requires grad. The function's forward 
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
 
@@ -30,7 +31,11 @@ def below_autograd(op, *args):
 
 
 def differentiable(op, function: type[torch.autograd.Function]) -> None:
-    """Routes calls that need a gradient through function.apply, all others straight to the kernel."""
+    """Routes calls that need a gradient through function.apply, all others straight to the kernel.
+
+    The gradient has no gradient of its own: asking for one is torch's RuntimeError about @once_differentiable.
+    """
+    function.backward = staticmethod(once_differentiable(function.backward))
 
     def with_autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -41,11 +46,19 @@ def differentiable(op, function: type[torch.autograd.Function]) -> None:
     _library.impl(op.name().split("::")[1].split(".")[0], with_autograd, "Autograd")
 
 
-def require_tensors(op: str, **tensors) -> None:
-    """TypeError unless every argument is a torch.Tensor; the caller leaves out those that are None and may be."""
+def require_tensors(op: str, **tensors: Tensor) -> None:
+    """TypeError unless every argument is a dense torch.Tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind.removeprefix('torch.')} one")
+
+
+def optional_tensors(op: str, **tensors: Tensor | None) -> None:
+    """As require_tensors, but None passes."""
+    require_tensors(op, **{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def unit_last(x: Tensor) -> Tensor:
