@@ -315,13 +315,12 @@ def test_overlap_of_any_views_is_never_missed(data):
 
 
 def test_a_long_row_of_small_stride_reaches_far():
-    """x is one row of 50, out a column of 4 three apart: equal strides, but neither bounds the other."""
-    buffer = np.zeros(60, np.float32)
-    row, column = matrix(buffer, 1, 50, 3, 0), matrix(buffer, 4, 1, 3, 40)
-    assert elements(row) & elements(column)
-    weight, outs = np.ones((4, 1), np.float32), np.zeros((1, 50), np.float32)
+    """dout is a row of 50, dweight a column of 50 of steps of 3: equal strides, yet neither view bounds the other."""
+    buffer, one, column = np.zeros(250, np.float32), np.ones((1, 1), np.float32), np.ones((50, 1), np.float32)
+    dout, dweight = matrix(buffer, 1, 50, 3, 0), matrix(buffer, 50, 1, 3, 40)
+    assert elements(dout) & elements(dweight)
     with pytest.raises(ValueError, match="linear: dweight shares memory with dout"):
-        _C.linear_backward(outs[:, :4], weight, None, row, None, matrix(buffer, 50, 4, 3, 0), None, activation="none")
+        _C.linear_backward(one, column, None, dout, None, dweight, None, activation="none")
 
 
 def test_packed_queries_keys_and_values_are_apart():
@@ -352,5 +351,13 @@ def test_shared_memory_of_different_dtypes():
     stats, x = buffer[:16].view(np.float32), buffer[8:24].view(np.float16)
     with pytest.raises(ValueError, match="layer_norm: mean shares memory with x"):
         _C.layer_norm_forward(
-            x.reshape(4, 2), None, None, None, np.zeros((4, 2), np.float16), None, stats, np.zeros(4, np.float32), eps=1e-5
+            x.reshape(4, 2),
+            None,
+            None,
+            None,
+            np.zeros((4, 2), np.float16),
+            None,
+            stats,
+            np.zeros(4, np.float32),
+            eps=1e-5,
         )

@@ -96,7 +96,8 @@ static Tensor from_numpy(const py::array& array, const char* op, const char* nam
   const py::dtype dtype = array.dtype();
   const char kind = dtype.kind();
   const int64_t item = dtype.itemsize();
-  PYKERN_CHECK(type, dtype.byteorder() != '>', op, ": ", name, " is big-endian, expected the byte order of this processor");
+  PYKERN_CHECK(type, dtype.byteorder() != '>', op, ": ", name,
+               " is big-endian, expected the byte order of this processor");
   dlpack::DataType d{255, static_cast<uint8_t>(item * 8), 1};
   if (kind == 'f') d.code = dlpack::kFloat;
   if (kind == 'i') d.code = dlpack::kInt;

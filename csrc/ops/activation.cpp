@@ -39,8 +39,7 @@ void check(const ActivationForward& op) {
 }
 
 void check(const ActivationBackward& op) {
-  check_elementwise({public_name(op.kind)}, {{"dx", op.dx}},
-                    {{"x", op.x}, {"dout", op.dout}});
+  check_elementwise({public_name(op.kind)}, {{"dx", op.dx}}, {{"x", op.x}, {"dout", op.dout}});
 }
 
 void check(const SwigluForward& op) {

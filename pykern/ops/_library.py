@@ -6,7 +6,6 @@ in front of it, used only when some input requires grad. The function's forward 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
 
@@ -30,12 +29,25 @@ def below_autograd(op, *args):
         return op(*args)
 
 
-def differentiable(op, function: type[torch.autograd.Function]) -> None:
-    """Routes calls that need a gradient through function.apply, all others straight to the kernel.
+def _without_second_derivative(name: str, backward):
+    """backward, whose results raise a RuntimeError when they are differentiated in turn: never a silently cut graph."""
 
-    The gradient has no gradient of its own: asking for one is torch's RuntimeError about @once_differentiable.
-    """
-    function.backward = staticmethod(once_differentiable(function.backward))
+    def once(ctx, *grads):
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # the usual case: no create_graph=True
+            return results
+        results = results if isinstance(results, tuple) else (results,)
+        refuse = torch._C._functions.DelayedError(f"{name} has no second derivative", len(results))
+        return refuse(*(None if x is None else x.detach().requires_grad_() for x in results))
+
+    return staticmethod(once)
+
+
+def differentiable(op, function: type[torch.autograd.Function]) -> None:
+    """Routes calls that need a gradient through function.apply, all others straight to the kernel."""
+    name = op.name().split(".")[0]
+    function.backward = _without_second_derivative(name, function.backward)  # type: ignore[method-assign]
 
     def with_autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
@@ -43,7 +55,7 @@ def differentiable(op, function: type[torch.autograd.Function]) -> None:
         with below_autograd_guard():
             return op(*args)
 
-    _library.impl(op.name().split("::")[1].split(".")[0], with_autograd, "Autograd")
+    _library.impl(name.split("::")[1], with_autograd, "Autograd")
 
 
 def require_tensors(op: str, **tensors: Tensor) -> None:
@@ -77,7 +89,7 @@ def empty_packed_like(x: Tensor) -> Tensor:
     return out
 
 
-def autocast(op: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(op: str, *tensors: Tensor | None) -> tuple:
     """Under torch.autocast, floating tensors in the autocast dtype; otherwise unchanged."""
     present = next(t for t in tensors if t is not None)
     kind = present.device.type
