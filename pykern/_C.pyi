@@ -245,3 +245,13 @@ def adamw(
 ) -> None:
     """In place. grad has param's dtype; exp_avg, exp_avg_sq and master are stats (float32 for bfloat16 param).
     grad is multiplied by grad_scale first."""
+
+# ---- roofline: loops that do nothing but multiply, read or copy; the caller holds the watch. One task per element of sink.
+def roofline_fma(sink: Array, *, repeats: int) -> float:
+    """sink [tasks], any floating dtype: chains of multiply-adds as the kernels of its dtype use; returns the operations done."""
+
+def roofline_read(source: Array, sink: Array, *, repeats: int) -> None:
+    """source float32 [n], read repeats times, each task its part; sink float32 [tasks] receives the sums."""
+
+def roofline_copy(source: Array, target: Array, *, tasks: int, repeats: int) -> None:
+    """source, target float32 [n]"""

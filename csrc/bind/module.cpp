@@ -17,6 +17,7 @@ namespace pykern {
   X(linear) \
   X(memory) \
   X(norm) \
+  X(roofline) \
   /* end of the list */
 // clang-format on
 

@@ -6,6 +6,7 @@
 #include "ops/cross_entropy.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
+#include "ops/roofline.h"
 
 // X(kernel, argument struct), a line per kernel
 // clang-format off
@@ -25,6 +26,9 @@
   X(rms_norm_backward, RmsNormBackward) \
   X(cross_entropy_forward, CrossEntropyForward) \
   X(cross_entropy_backward, CrossEntropyBackward) \
+  X(roofline_fma, RooflineFma) \
+  X(roofline_read, RooflineRead) \
+  X(roofline_copy, RooflineCopy) \
   /* end of the list */
 // clang-format on
 
