@@ -16,7 +16,8 @@ namespace pykern {
   X(linear) \
   X(norm) \
   /* end of the list */
-// clang-format on
+// clang-format on \
+  X(rope)
 
 #define PYKERN_DECLARE(room) void bind_##room(py::module_& m);
 PYKERN_ROOMS(PYKERN_DECLARE)

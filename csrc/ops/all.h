@@ -5,6 +5,7 @@
 #include "ops/attention.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
+#include "ops/rope.h"
 
 // X(kernel, argument struct), a line per kernel
 // clang-format off
@@ -23,7 +24,8 @@
   X(rms_norm_forward, RmsNormForward) \
   X(rms_norm_backward, RmsNormBackward) \
   /* end of the list */
-// clang-format on
+// clang-format on \
+  X(rope, Rope)
 
 namespace pykern {
 #define PYKERN_DECLARE(kernel, Op)          \

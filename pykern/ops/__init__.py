@@ -5,5 +5,6 @@ from pykern.ops.adamw import adamw_
 from pykern.ops.attention import attention
 from pykern.ops.linear import linear
 from pykern.ops.norm import layer_norm, rms_norm
+from pykern.ops.rope import rope
 
-__all__ = ["adamw_", "attention", "gelu", "layer_norm", "linear", "relu", "rms_norm", "sigmoid", "silu", "swiglu"]
+__all__ = ["adamw_", "attention", "gelu", "layer_norm", "linear", "relu", "rms_norm", "rope", "sigmoid", "silu", "swiglu"]
