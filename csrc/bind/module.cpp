@@ -13,6 +13,7 @@ namespace pykern {
   X(activation) \
   X(adamw) \
   X(attention) \
+  X(decode) \
   X(linear) \
   X(norm) \
   /* end of the list */

@@ -3,6 +3,7 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/attention.h"
+#include "ops/decode.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
 #include "ops/rope.h"
@@ -18,6 +19,7 @@
   X(linear_backward, LinearBackward) \
   X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
+  X(attention_with_kvcache, DecodeForward) \
   X(adamw, AdamW) \
   X(layer_norm_forward, LayerNormForward) \
   X(layer_norm_backward, LayerNormBackward) \
