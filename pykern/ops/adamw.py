@@ -7,7 +7,7 @@ from pykern.ops._library import _C, _library, below_autograd_guard, define, requ
 
 
 def _smallest_stride_last(param, *others):
-    """The same tensors seen in an order of dimensions that makes param's last stride 1, so that a transposed one will do."""
+    """The same tensors with param's smallest stride last, so that a transposed parameter will do."""
     if param.dim() < 2 or param.stride(-1) == 1 or any(t is not None and t.dim() != param.dim() for t in others):
         return param, *others
     order = sorted(range(param.dim()), key=lambda i: -param.stride(i))
