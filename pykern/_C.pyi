@@ -28,6 +28,9 @@ def cuda_status() -> str: ...
 def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 
+def huge_pages(array: Array) -> None:
+    """Hints, before its first write, that this contiguous CPU array should lie on huge pages. Contents do not change."""
+
 # ---- attention: out = softmax(mask(scale q k^T + bias)) v
 def attention_forward(
     q: Array,
@@ -178,7 +181,7 @@ def embedding_backward(ids: Array, dout: Array, dweight: Array) -> None:
 def cross_entropy_forward(
     logits: Array, target: Array, loss: Array, lse: Array, *, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> None:
-    """logits [M,V]  target int64 [M]  loss, lse [M] stat"""
+    """logits [...,V]  target int64 [...]  loss [...] stat  lse [...] stat or float64, 0 where ignored"""
 
 def cross_entropy_backward(
     logits: Array,
@@ -191,7 +194,8 @@ def cross_entropy_backward(
     label_smoothing: float,
     z_loss: float,
 ) -> None:
-    """dloss [M] stat: the gradient of each row's loss. dlogits may be logits itself."""
+    """dloss [...] stat: the gradient of each row's loss. dlogits may be logits itself.
+    With lse in float64, logits far from 0 have a gradient as accurate as others."""
 
 def linear_cross_entropy_forward(
     x: Array,

@@ -17,11 +17,15 @@ _NAMES = {
 _NAMES |= dict.fromkeys(
     [
         "attention",
+        "attention_with_kvcache",
+        "cross_entropy",
         "gelu",
         "layer_norm",
         "linear",
+        "linear_cross_entropy",
         "relu",
         "rms_norm",
+        "rope",
         "sigmoid",
         "silu",
         "swiglu",

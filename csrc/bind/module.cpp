@@ -13,12 +13,15 @@ namespace pykern {
   X(activation) \
   X(adamw) \
   X(attention) \
+  X(cross_entropy) \
   X(decode) \
   X(linear) \
+  X(linear_cross_entropy) \
+  X(memory) \
   X(norm) \
+  X(rope) \
   /* end of the list */
-// clang-format on \
-  X(rope)
+// clang-format on
 
 #define PYKERN_DECLARE(room) void bind_##room(py::module_& m);
 PYKERN_ROOMS(PYKERN_DECLARE)

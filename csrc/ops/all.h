@@ -3,6 +3,7 @@
 #include "ops/activation.h"
 #include "ops/adamw.h"
 #include "ops/attention.h"
+#include "ops/cross_entropy.h"
 #include "ops/decode.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
@@ -25,9 +26,13 @@
   X(layer_norm_backward, LayerNormBackward) \
   X(rms_norm_forward, RmsNormForward) \
   X(rms_norm_backward, RmsNormBackward) \
+  X(cross_entropy_forward, CrossEntropyForward) \
+  X(cross_entropy_backward, CrossEntropyBackward) \
+  X(linear_cross_entropy_forward, LinearCrossEntropyForward) \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
+  X(rope, Rope) \
   /* end of the list */
-// clang-format on \
-  X(rope, Rope)
+// clang-format on
 
 namespace pykern {
 #define PYKERN_DECLARE(kernel, Op)          \

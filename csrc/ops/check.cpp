@@ -17,7 +17,7 @@ const char* name(DType dtype) {
   return "unknown";
 }
 
-static int64_t item_size(DType dtype) {
+int64_t item_size(DType dtype) {
   switch (dtype) {
     case DType::f64:
     case DType::i64: return 8;

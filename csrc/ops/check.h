@@ -14,6 +14,7 @@ struct Arg {
 };
 
 const char* name(DType dtype);
+int64_t item_size(DType dtype);  // bytes
 bool is_floating(DType dtype);
 DType stat_dtype(DType dtype);       // float64 for float64, else float32
 std::string shape(const Tensor& t);  // "[2, 3, 4]"

@@ -53,6 +53,17 @@ def unit_last(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
+_MAPPED = 32 << 20  # bytes: glibc takes larger blocks from the system each time, so each page of them faults
+
+
+def empty_packed_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like x, on huge pages where it is large."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.device.type == "cpu" and out.nbytes > _MAPPED:
+        _C.huge_pages(out)
+    return out
+
+
 def autocast(op: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under torch.autocast, floating tensors in the autocast dtype; otherwise unchanged."""
     present = next(t for t in tensors if t is not None)

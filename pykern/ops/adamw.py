@@ -31,7 +31,7 @@ _adamw = define(
 
 def _not_differentiable(*tensors, **options):
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
-        raise RuntimeError("adamw_: is not differentiable; call it under torch.no_grad()")
+        raise RuntimeError("adamw: not differentiable; call it under torch.no_grad()")
     with below_autograd_guard():
         _adamw(*tensors, **options)
 
