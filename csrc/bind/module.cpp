@@ -15,11 +15,13 @@ namespace pykern {
   X(attention) \
   X(cross_entropy) \
   X(decode) \
+  X(embedding) \
   X(linear) \
   X(linear_cross_entropy) \
   X(memory) \
   X(norm) \
   X(rope) \
+  X(softmax) \
   /* end of the list */
 // clang-format on
 

@@ -5,9 +5,11 @@
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
 #include "ops/decode.h"
+#include "ops/embedding.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
 #include "ops/rope.h"
+#include "ops/softmax.h"
 
 // X(kernel, argument struct), a line per kernel
 // clang-format off
@@ -31,6 +33,10 @@
   X(linear_cross_entropy_forward, LinearCrossEntropyForward) \
   X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
   X(rope, Rope) \
+  X(softmax_forward, SoftmaxForward) \
+  X(softmax_backward, SoftmaxBackward) \
+  X(embedding_forward, EmbeddingForward) \
+  X(embedding_backward, EmbeddingBackward) \
   /* end of the list */
 // clang-format on
 

@@ -5,16 +5,19 @@ from pykern.ops.adamw import adamw_
 from pykern.ops.attention import attention
 from pykern.ops.cross_entropy import cross_entropy
 from pykern.ops.decode import attention_with_kvcache
+from pykern.ops.embedding import embedding
 from pykern.ops.linear import linear
 from pykern.ops.linear_cross_entropy import linear_cross_entropy
 from pykern.ops.norm import layer_norm, rms_norm
 from pykern.ops.rope import rope
+from pykern.ops.softmax import softmax
 
 __all__ = [
     "adamw_",
     "attention",
     "attention_with_kvcache",
     "cross_entropy",
+    "embedding",
     "gelu",
     "layer_norm",
     "linear",
@@ -24,5 +27,6 @@ __all__ = [
     "rope",
     "sigmoid",
     "silu",
+    "softmax",
     "swiglu",
 ]
