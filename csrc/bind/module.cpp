@@ -14,10 +14,15 @@ namespace pykern {
   X(adamw) \
   X(attention) \
   X(cross_entropy) \
+  X(decode) \
+  X(embedding) \
   X(linear) \
+  X(linear_cross_entropy) \
   X(memory) \
   X(norm) \
   X(roofline) \
+  X(rope) \
+  X(softmax) \
   /* end of the list */
 // clang-format on
 

@@ -20,9 +20,10 @@ static Status forward(const AttentionForward& op, int threads) {
     ForwardMemory<T> memory(D, E, scratch.at<char>(thread));
     const Group<T> x = group_of<T>(op, b, g);
     const int64_t h = g * x.heads;
-    const Results<T> results = {
-        {row_at<T>(op.out, b, h, 0), op.out.stride[1], op.out.stride[2]},
-        row_at<Compute<T>>(op.lse, b, h, 0), op.lse.stride[1], op.lse.stride[2]};
+    const Results<T> results = {{row_at<T>(op.out, b, h, 0), op.out.stride[1], op.out.stride[2]},
+                                row_at<Compute<T>>(op.lse, b, h, 0),
+                                op.lse.stride[1],
+                                op.lse.stride[2]};
     const int64_t first = block * kBlockRows;
     forward_rows<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows, results,
                     memory);

@@ -10,7 +10,7 @@
 PYKERN_BEGIN_ISA
 namespace {
 
-constexpr int kChunkRows = 96;  // rows that are summed into dk and dv in one go
+constexpr int kChunkRows = 96;    // rows that are summed into dk and dv in one go
 constexpr int kSegmentTasks = 8;  // with fewer key heads, the keys of a head are cut into segments
 
 template <class T>
@@ -105,7 +105,8 @@ static void accumulate(Compute<T>* c, int rows, int64_t width, const Compute<T>*
       with_rows(rows - i0 < R ? rows - i0 : R, [&](auto strip_rows) {
         constexpr int n = strip_rows.value;
         V acc[n][kTileVectors] = {};
-        multiply_tile<T, n, kTileVectors>(units<T>(count), a + i0 * a_row, a_row, a_unit, b, W, acc);
+        multiply_tile<T, n, kTileVectors>(units<T>(count), a + i0 * a_row, a_row, a_unit, b, W,
+                                          acc);
         for (int i = 0; i < n; ++i)
           for (int j = 0; j < kTileVectors; ++j)
             add(c + (i0 + i) * width + column + j * V::lanes, acc[i][j]);
@@ -123,8 +124,7 @@ static void tile_products(int64_t count, const Compute<T>* strip, const Compute<
     V acc[n][kTileVectors] = {};
     multiply_tile<T, n, kTileVectors>(count, strip, 1, kTileRows, columns + c * count * W, W, acc);
     for (int i = 0; i < n; ++i)
-      for (int j = 0; j < kTileVectors; ++j)
-        store(s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
+      for (int j = 0; j < kTileVectors; ++j) store(s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
   }
 }
 
@@ -165,7 +165,8 @@ static void pair_weights(BackwardMemory<T>& memory, int64_t rows) {
         const float *p = memory.p + r * kKeys + i, *ds = memory.ds + r * kKeys + i;
         const VecF zero = VecF::zero();
         const bool two = r + 1 < rows;
-        store(memory.p_pairs + r / 2 * kKeys + i, pack_pairs(load(p), two ? load(p + kKeys) : zero));
+        store(memory.p_pairs + r / 2 * kKeys + i,
+              pack_pairs(load(p), two ? load(p + kKeys) : zero));
         store(memory.ds_pairs + r / 2 * kKeys + i,
               pack_pairs(load(ds), two ? load(ds + kKeys) : zero));
       }
@@ -277,9 +278,8 @@ static void row_deltas(const AttentionBackward& op, Compute<T>* delta, int threa
       const int64_t t = i % T_, h = i / T_ % H, b = i / T_ / H;
       const T *out = row_at<T>(op.out, b, h, t), *dout = row_at<T>(op.dout, b, h, t);
       V sum = V::zero();
-      each_vector<C>(E, [&](int64_t e, int n) {
-        sum = fma(load_n(out + e, n), load_n(dout + e, n), sum);
-      });
+      each_vector<C>(
+          E, [&](int64_t e, int n) { sum = fma(load_n(out + e, n), load_n(dout + e, n), sum); });
       delta[i] = sum.sum();
       if (op.dlse.given) delta[i] -= *row_at<C>(op.dlse, b, h, t);
     }
@@ -305,7 +305,8 @@ static Status bias_gradient(const AttentionBackward& op, Compute<T>* delta, int 
 
   const int64_t parts = one_key ? 1 : tiles;
   parallel_for(db.size[0] * db.size[1] * parts, threads, [&](int64_t task, int thread) {
-    const int64_t part = task % parts, hb = task / parts % db.size[1], bb = task / parts / db.size[1];
+    const int64_t part = task % parts, hb = task / parts % db.size[1],
+                  bb = task / parts / db.size[1];
     BackwardMemory<T> memory(D, E, scratch.at<char>(thread));
     C* sum = sums.template at<C>(thread);
     for (int64_t i = 0; i < Tb * kKeys; ++i) sum[i] = C(0);

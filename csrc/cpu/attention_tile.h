@@ -96,10 +96,9 @@ static inline Vec<Compute<T>> bias_lanes(const Group<T>& x, const T* row, int64_
 // Scores of one row against a tile, from the dot products in s: scale, bias, and -inf where hidden.
 // A bias of -inf hides a key, too: word is updated.
 template <class T>
-[[gnu::always_inline]] static inline void finish_scores(const Group<T>& x, int64_t h, int64_t t,
-                                                        int64_t first, const Compute<T>* s,
-                                                        uint64_t& word,
-                                                        Vec<Compute<T>> (&y)[kKeys / Vec<Compute<T>>::lanes]) {
+[[gnu::always_inline]] static inline void finish_scores(
+    const Group<T>& x, int64_t h, int64_t t, int64_t first, const Compute<T>* s, uint64_t& word,
+    Vec<Compute<T>> (&y)[kKeys / Vec<Compute<T>>::lanes]) {
   using V = Vec<Compute<T>>;
   constexpr int n = kKeys / V::lanes;
   const V scale = V::splat(x.scale), hidden = V::splat(-INFINITY);
@@ -110,7 +109,8 @@ template <class T>
     for (int i = 0; i < n; ++i) {
       const int64_t left = x.S - first - i * V::lanes;
       if (left <= 0) break;
-      const V b = bias_lanes(x, row, first + i * V::lanes, left < V::lanes ? static_cast<int>(left) : V::lanes);
+      const V b = bias_lanes(x, row, first + i * V::lanes,
+                             left < V::lanes ? static_cast<int>(left) : V::lanes);
       y[i] = y[i] + b;
       word &= ~(bits_of(b == hidden) << (i * V::lanes));
     }
@@ -132,7 +132,10 @@ static void pack_keys(Compute<T>* out, const T* rows, int64_t row, int64_t count
   for (int p = 0; p < kKeys / W; ++p) {
     const int64_t left = count - p * W;
     pack<T>(out + p * units<T>(width) * W, W, {rows + p * W * row, row, 1},
-            left < 0 ? 0 : left < W ? static_cast<int>(left) : W, left, width);
+            left < 0   ? 0
+            : left < W ? static_cast<int>(left)
+                       : W,
+            left, width);
   }
 }
 

@@ -61,7 +61,7 @@ Status cross_entropy_backward(const CrossEntropyBackward& op, int threads) {
                       if (y == op.options.ignore_index)
                         memset(dx, 0, V * sizeof(T));
                       else
-                        row_gradient(row_of<T>(op.logits, row), V, y, number(lse, row),
+                        row_gradient(row_of<T>(op.logits, row), V, V, y, number(lse, row),
                                      number(dloss, row), op.options, dx);
                     }
                   });

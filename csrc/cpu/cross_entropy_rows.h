@@ -91,47 +91,56 @@ static inline void add_numbers(RowSums<Compute<T>>* sums, const T* x, int64_t le
   }
 }
 
-// The numbers x[0..V-1] of a row with label y.
-template <class T>
-static inline RowLoss row_loss(const T* x, int64_t V, int64_t y, const CrossEntropyOptions& o) {
-  RowSums<Compute<T>> sums;
-  const double e = o.label_smoothing;
-  if (e > 0)
-    add_numbers<true>(&sums, x, V);
-  else
-    add_numbers<false>(&sums, x, V);
-  const double lse = sums.max + ::log(sums.sum);
+// The loss of a row of V numbers, of which that at the label is x_y.
+template <class C>
+static inline RowLoss loss_of(const RowSums<C>& sums, int64_t V, C x_y,
+                              const CrossEntropyOptions& o) {
+  const double e = o.label_smoothing, lse = sums.max + ::log(sums.sum);
   if (lse == -INFINITY) return {INFINITY, lse};
   double loss = 0;  // a factor of 0 must not meet an infinity
-  if (e < 1) loss += (1 - e) * (lse - widen(x[y]));
+  if (e < 1) loss += (1 - e) * (lse - x_y);
   if (e > 0) loss += e * (lse - sums.total / static_cast<double>(V));
   if (o.z_loss > 0) loss += o.z_loss * lse * lse;
   return {loss, lse};
 }
 
+// The numbers x[0..V-1] of a row with label y.
+template <class T>
+static inline RowLoss row_loss(const T* x, int64_t V, int64_t y, const CrossEntropyOptions& o) {
+  RowSums<Compute<T>> sums;
+  if (o.label_smoothing > 0)
+    add_numbers<true>(&sums, x, V);
+  else
+    add_numbers<false>(&sums, x, V);
+  return loss_of(sums, V, widen(x[y]), o);
+}
+
+// The gradient of n numbers x of a row of V, of which y is the label when 0 <= y < n.
 // dx may be x. lse in double: rounded to float, an lse of 1000 would be off by 3e-5, and so would
 // all probabilities.
 template <class T, class D>
-static inline void row_gradient(const T* x, int64_t V, int64_t y, double lse, double dloss,
-                                const CrossEntropyOptions& o, D* dx) {
+static inline void row_gradient(const T* x, int64_t n, int64_t V, int64_t y, double lse,
+                                double dloss, const CrossEntropyOptions& o, D* dx) {
   using C = Compute<T>;
   using Vector = Vec<C>;
   const C center = static_cast<C>(lse);
   const double rate = lse == -INFINITY ? 0 : dloss * (1 + 2 * o.z_loss * lse);
   const double everywhere = -dloss * o.label_smoothing / static_cast<double>(V);
-  const double at_label = rate * ::exp(static_cast<double>(widen(x[y])) - lse) -
-                          dloss * (1 - o.label_smoothing) + everywhere;
+  const bool labelled = y >= 0 && y < n;
+  const double x_y = labelled ? widen(x[y]) : 0;  // dx may be x: read it first
   if (lse == -INFINITY) {
-    each_vector<C>(V, [&](int64_t i, int n) { store_n(dx + i, Vector::zero(), n); });
+    each_vector<C>(n, [&](int64_t i, int lanes) { store_n(dx + i, Vector::zero(), lanes); });
     return;
   }
   const Vector shift = Vector::splat(center),
                scale = Vector::splat(static_cast<C>(rate * ::exp(center - lse))),
                offset = Vector::splat(static_cast<C>(everywhere));
-  each_vector<C>(V, [&](int64_t i, int n) {
-    store_n(dx + i, fma(exp(load_n(x + i, n) - shift), scale, offset), n);
+  each_vector<C>(n, [&](int64_t i, int lanes) {
+    store_n(dx + i, fma(exp(load_n(x + i, lanes) - shift), scale, offset), lanes);
   });
-  dx[y] = narrow<D>(static_cast<C>(at_label));
+  if (labelled)
+    dx[y] = narrow<D>(
+        static_cast<C>(rate * ::exp(x_y - lse) - dloss * (1 - o.label_smoothing) + everywhere));
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #pragma once
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
+#include "cpu/rows.h"
 #include "cpu/scratch.h"
 
 PYKERN_BEGIN_ISA
@@ -108,6 +109,24 @@ static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, in
     }
   });
   return Status::ok;
+}
+
+// The sum of all rows: a task owns one vector of columns and adds chunks of rows in order.
+template <class T>
+static void column_sums(int64_t M, int64_t N, Matrix<T> dz, T* sums, int threads) {
+  using V = Vec<Compute<T>>;
+  parallel_for((N + V::lanes - 1) / V::lanes, threads, [&](int64_t block, int) {
+    const int64_t column = block * V::lanes;
+    const int n = N - column < V::lanes ? static_cast<int>(N - column) : V::lanes;
+    V total = V::zero();
+    for (int64_t first = 0; first < M; first += kChunk<T>) {
+      V sum = V::zero();
+      for (int64_t row = first; row < M && row < first + kChunk<T>; ++row)
+        sum = sum + load_n(dz.data + row * dz.row + column, n);
+      total = total + sum;
+    }
+    store_n(sums + column, total, n);
+  });
 }
 
 }  // namespace

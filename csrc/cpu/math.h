@@ -51,8 +51,8 @@ static inline Vec<C> scale_by_power(Vec<C> x, Vec<C> n) {
 static inline VecF exp(VecF x) {
   // exp(r) = 1 + r + r^2 q(r); q fitted on |r| <= ln 2 / 2, relative error 1.1e-8
   constexpr float q[] = {0.5f, 0.16666573286f, 0.04166645556f, 0.00836377684f, 0.00139345427f};
-  x = select(x < VecF::splat(-104.0f), VecF::splat(-104.0f), x);  // exp(-104) rounds to 0
-  x = select(x > VecF::splat(89.0f), VecF::splat(89.0f), x);      // exp(89) rounds to infinity
+  x = max(x, VecF::splat(-104.0f));  // exp(-104) rounds to 0
+  x = min(x, VecF::splat(89.0f));    // exp(89) rounds to infinity
   const VecF n = round(x * VecF::splat(1.44269504f));
   VecF r = fma(n, VecF::splat(-0.693145752f), x);  // ln 2 in two parts
   r = fma(n, VecF::splat(-1.42860677e-6f), r);
@@ -80,8 +80,8 @@ static inline VecD exp(VecD x) {
                           1.0 / 39916800,
                           1.0 / 479001600,
                           1.0 / 6227020800.0};
-  x = select(x < VecD::splat(-746.0), VecD::splat(-746.0), x);
-  x = select(x > VecD::splat(710.0), VecD::splat(710.0), x);
+  x = max(x, VecD::splat(-746.0));
+  x = min(x, VecD::splat(710.0));
   const VecD n = round(x * VecD::splat(1.4426950408889634));
   VecD r = fma(n, VecD::splat(-0.6931471803691238), x);
   r = fma(n, VecD::splat(-1.9082149292705877e-10), r);

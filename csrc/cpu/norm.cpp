@@ -157,7 +157,7 @@ struct RowBackward {
 };
 
 template <bool centred, class T, class C = Compute<T>>
-static void backward_row(const RowBackward<T>& row, int64_t D) {
+static void backward_row(RowBackward<T> row, int64_t D) {
   using V = Vec<C>;
   const V mean = V::splat(row.mean), rstd = V::splat(row.rstd);
   const auto xhat_at = [&](int64_t i, int n) {

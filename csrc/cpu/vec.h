@@ -326,6 +326,31 @@ static inline uint64_t nonzero_bytes(const uint8_t* p, int n) {
 #endif
 }
 
+// ---- the lower and the upper lanes of floats as doubles
+
+static inline VecD low_half(VecF v) {
+#if defined(__AVX512F__)
+  return {(VecD::Reg)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v.r))};
+#elif defined(__AVX2__)
+  return {(VecD::Reg)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v.r))};
+#else
+  VecD half;
+  for (int i = 0; i < VecD::lanes; ++i) half.r[i] = v.r[i];
+  return half;
+#endif
+}
+static inline VecD high_half(VecF v) {
+#if defined(__AVX512F__)
+  return {(VecD::Reg)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v.r, 1))};
+#elif defined(__AVX2__)
+  return {(VecD::Reg)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v.r, 1))};
+#else
+  VecD half;
+  for (int i = 0; i < VecD::lanes; ++i) half.r[i] = v.r[VecD::lanes + i];
+  return half;
+#endif
+}
+
 // ---- transposition of a square of registers, for 4- and 8-byte units
 
 template <class R, int... I>
@@ -336,6 +361,26 @@ template <class R, int... I>
 static inline R zip_high(R a, R b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
   return __builtin_shufflevector(a, b, (n / 2 + I / 2 + I % 2 * n)...);
+}
+
+// The same for numbers: lanes a0 b0 a1 b1 ... of the lower, or of the upper halves.
+template <class C>
+static inline Vec<C> zip_low(Vec<C> a, Vec<C> b) {
+  return {zip_low(a.r, b.r, std::make_integer_sequence<int, Vec<C>::lanes>())};
+}
+template <class C>
+static inline Vec<C> zip_high(Vec<C> a, Vec<C> b) {
+  return {zip_high(a.r, b.r, std::make_integer_sequence<int, Vec<C>::lanes>())};
+}
+
+// Lanes 1 0 3 2 5 4 ...
+template <class R, int... I>
+static inline R swap_pairs(R a, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, a, (I ^ 1)...);
+}
+template <class C>
+static inline Vec<C> swap_pairs(Vec<C> a) {
+  return {swap_pairs(a.r, std::make_integer_sequence<int, Vec<C>::lanes>())};
 }
 
 // rows[i] lane j  ->  rows[j] lane i. Each round interleaves row i with row i + half.

@@ -4,9 +4,13 @@
 #include "ops/adamw.h"
 #include "ops/attention.h"
 #include "ops/cross_entropy.h"
+#include "ops/decode.h"
+#include "ops/embedding.h"
 #include "ops/linear.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
+#include "ops/rope.h"
+#include "ops/softmax.h"
 
 // X(kernel, argument struct), a line per kernel
 // clang-format off
@@ -19,6 +23,7 @@
   X(linear_backward, LinearBackward) \
   X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
+  X(attention_with_kvcache, DecodeForward) \
   X(adamw, AdamW) \
   X(layer_norm_forward, LayerNormForward) \
   X(layer_norm_backward, LayerNormBackward) \
@@ -29,6 +34,13 @@
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
+  X(linear_cross_entropy_forward, LinearCrossEntropyForward) \
+  X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
+  X(rope, Rope) \
+  X(softmax_forward, SoftmaxForward) \
+  X(softmax_backward, SoftmaxBackward) \
+  X(embedding_forward, EmbeddingForward) \
+  X(embedding_backward, EmbeddingBackward) \
   /* end of the list */
 // clang-format on
 

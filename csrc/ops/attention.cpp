@@ -18,13 +18,14 @@ static void check_inputs(Arg q, Arg k, Arg v, Arg mask, Arg bias, double scale) 
   const int64_t G = k.t.size[1], S = k.t.size[2];
   c.size(k, 0, B, "batch");
   c.size(v, 0, B, "batch");
-  PYKERN_CHECK(value, k.t.size[3] == D, "attention: k has head size ", k.t.size[3], " but q has ", D);
+  PYKERN_CHECK(value, k.t.size[3] == D, "attention: k has head size ", k.t.size[3], " but q has ",
+               D);
   PYKERN_CHECK(value, v.t.size[1] == G, "attention: v has ", v.t.size[1], " heads but k has ", G);
   PYKERN_CHECK(value, v.t.size[2] == S, "attention: v has ", v.t.size[2], " keys but k has ", S);
   PYKERN_CHECK(value, H == 0 || (G > 0 && H % G == 0), "attention: q has ", H,
                " heads, which is not a multiple of the ", G, " heads of k");
-  PYKERN_CHECK(value, D >= 1 && D <= 1024 && v.t.size[3] <= 1024,
-               "attention: head sizes ", D, " and ", v.t.size[3], " must be 1..1024");
+  PYKERN_CHECK(value, D >= 1 && D <= 1024 && v.t.size[3] <= 1024, "attention: head sizes ", D,
+               " and ", v.t.size[3], " must be 1..1024");
   for (const Arg& a : {q, k, v}) c.unit_last(a);
   for (const Arg& a : {mask, bias}) {
     if (!a.t.given) continue;
@@ -36,7 +37,8 @@ static void check_inputs(Arg q, Arg k, Arg v, Arg mask, Arg bias, double scale) 
   }
   c.dtype(mask, DType::b8);
   c.same_device(mask, q);
-  PYKERN_CHECK(value, std::isfinite(scale), "attention: scale is ", scale, ", expected a finite number");
+  PYKERN_CHECK(value, std::isfinite(scale), "attention: scale is ", scale,
+               ", expected a finite number");
 }
 
 // out [B, H, T, E] and lse [B, H, T]

@@ -148,6 +148,31 @@ void Checker::contiguous(Arg a) const {
   }
 }
 
+template <class Index>
+static void check_indices(const char* op, Arg a, int64_t limit, const char* table) {
+  const int64_t length = a.t.rank ? a.t.size[a.t.rank - 1] : 1;
+  const int64_t step = a.t.rank ? a.t.stride[a.t.rank - 1] : 1;
+  for (int64_t row = 0; row < rows(a.t) && length > 0; ++row) {
+    const Index* p = static_cast<const Index*>(a.t.data);
+    int64_t rest = row;
+    for (int d = a.t.rank - 2; d >= 0; --d) {
+      p += rest % a.t.size[d] * a.t.stride[d];
+      rest /= a.t.size[d];
+    }
+    for (int64_t i = 0; i < length; ++i)
+      PYKERN_CHECK(index, p[i * step] >= 0 && p[i * step] < limit, op, ": ", a.name, " contains ",
+                   p[i * step], ", but ", table, " has ", limit, " rows");
+  }
+}
+
+void Checker::indices(Arg a, int64_t limit, const char* table) const {
+  if (!a.t.given || a.t.device != Device::cpu) return;  // a CUDA kernel looks for itself
+  if (a.t.dtype == DType::i32)
+    check_indices<int32_t>(op, a, limit, table);
+  else
+    check_indices<int64_t>(op, a, limit, table);
+}
+
 // Fills order with the dimensions of more than one element, smallest stride first.
 static int by_stride(const Tensor& t, int order[kMaxRank]) {
   int n = 0;

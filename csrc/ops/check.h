@@ -38,6 +38,9 @@ struct Checker {
   // all but the last dimension can be walked as rows of one constant stride
   void row_strided(Arg a) const;
   void contiguous(Arg a) const;
+  // every element of an int32 or int64 tensor is a row of table, which has limit of them; reads
+  // the elements, so it stands last among the checks
+  void indices(Arg a, int64_t limit, const char* table) const;
   // writable, and no two of its elements share memory
   void output(Arg a) const;
   // no output shares memory with an input or with another output

@@ -24,8 +24,24 @@ struct CrossEntropyBackward {
   CrossEntropyOptions options;
 };
 
+// linear_cross_entropy: the same loss for the logits x weight^T + bias, which never exist as a
+// whole
+//   x [M, K]   weight [V, K]   bias [V]   target, loss, lse [M]
+struct LinearCrossEntropyForward {
+  Tensor x, weight, bias, target, loss, lse;
+  CrossEntropyOptions options;
+};
+
+struct LinearCrossEntropyBackward {
+  Tensor x, weight, bias, target, lse, dloss;
+  Tensor dx, dweight, dbias;  // those not wanted are not given
+  CrossEntropyOptions options;
+};
+
 void check(const CrossEntropyForward& op);
 void check(const CrossEntropyBackward& op);
+void check(const LinearCrossEntropyForward& op);
+void check(const LinearCrossEntropyBackward& op);
 
 // The options, and every label: 0 <= y < V or ignore_index. Labels on a GPU are left to the kernel.
 void check_labels(const char* op, const Tensor& target, int64_t V,

@@ -4,19 +4,29 @@ from pykern.ops.activation import gelu, relu, sigmoid, silu, swiglu
 from pykern.ops.adamw import adamw_
 from pykern.ops.attention import attention
 from pykern.ops.cross_entropy import cross_entropy
+from pykern.ops.decode import attention_with_kvcache
+from pykern.ops.embedding import embedding
 from pykern.ops.linear import linear
+from pykern.ops.linear_cross_entropy import linear_cross_entropy
 from pykern.ops.norm import layer_norm, rms_norm
+from pykern.ops.rope import rope
+from pykern.ops.softmax import softmax
 
 __all__ = [
     "adamw_",
     "attention",
+    "attention_with_kvcache",
     "cross_entropy",
+    "embedding",
     "gelu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "relu",
     "rms_norm",
+    "rope",
     "sigmoid",
     "silu",
+    "softmax",
     "swiglu",
 ]

@@ -1,0 +1,102 @@
+// decode: append, rotate, attend. The rows of q run through the same code as a prefill's, so each
+// gets the bits it would have there.
+#include "ops/decode.h"
+
+#include "cpu/attention_rows.h"
+#include "cpu/parallel.h"
+#include "cpu/rotate.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+static int64_t length_of(const DecodeForward& op, int64_t b) {
+  return static_cast<const int32_t*>(op.cache_seqlens.data)[b * op.cache_seqlens.stride[0]];
+}
+
+// to = from [D], rotated to its position when there is a rotary table
+template <class T>
+static void rotate_to(const DecodeForward& op, const T* from, int64_t position, int64_t D, T* to) {
+  if (!op.rotary_cos.given) {
+    memcpy(to, from, D * sizeof(T));
+    return;
+  }
+  const int64_t half = op.rotary_cos.size[1];
+  const auto rotate = [&]<class Table>(const Table*) {
+    const Table* cos = row_at<const Table>(op.rotary_cos, position, 0, 0);
+    const Table* sin = row_at<const Table>(op.rotary_sin, position, 0, 0);
+    if (op.rotary_interleaved)
+      rotate_row<true>(from, cos, sin, 1, half, D, to);
+    else
+      rotate_row<false>(from, cos, sin, 1, half, D, to);
+  };
+  if (op.rotary_cos.dtype == op.q.dtype)
+    rotate(static_cast<const T*>(nullptr));
+  else
+    rotate(static_cast<const Compute<T>*>(nullptr));
+}
+
+template <class T>
+static void append(const DecodeForward& op, int threads) {
+  const int64_t B = op.q.size[0], G = op.k_cache.size[1], D = op.q.size[3], E = op.v_cache.size[3];
+  const int64_t N = op.k.size[2];
+  parallel_for(B * G, threads, [&](int64_t task, int) {
+    const int64_t b = task / G, g = task % G, length = length_of(op, b);
+    for (int64_t n = 0; n < N; ++n) {
+      rotate_to<T>(op, row_at<const T>(op.k, b, g, n), length + n, D,
+                   row_at<T>(op.k_cache, b, g, length + n));
+      memcpy(row_at<T>(op.v_cache, b, g, length + n), row_at<const T>(op.v, b, g, n),
+             E * sizeof(T));
+    }
+  });
+}
+
+template <class T>
+static Status forward(const DecodeForward& op, int threads) {
+  using C = Compute<T>;
+  const int64_t B = op.q.size[0], H = op.q.size[1], T_ = op.q.size[2], D = op.q.size[3];
+  const int64_t G = op.k_cache.size[1], E = op.v_cache.size[3];
+  const int64_t appended = op.k.given ? op.k.size[2] : 0;
+  const int64_t heads = G == 0 ? 0 : H / G, rows = heads * T_;
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const Scratch scratch(ForwardMemory<T>::bytes(D, E), threads);
+  const Scratch rotated(kBlockRows * D * sizeof(T), threads);
+  if (!scratch.ok() || !rotated.ok()) return Status::out_of_memory;
+  if (appended) append<T>(op, threads);
+
+  parallel_for(B * G * blocks, threads, [&](int64_t task, int thread) {
+    const int64_t b = task / blocks / G, g = task / blocks % G, h = g * heads;
+    const int64_t first = task % blocks * kBlockRows;
+    const int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
+    Group<T> x = {};
+    x.heads = heads, x.T_ = T_, x.D = D, x.E = E;
+    x.S = length_of(op, b) + appended;
+    x.k = row_at<const T>(op.k_cache, b, g, 0), x.k_row = op.k_cache.stride[2];
+    x.v = row_at<const T>(op.v_cache, b, g, 0), x.v_row = op.v_cache.stride[2];
+    x.causal = op.causal;
+    x.scale = static_cast<C>(op.scale);
+    x.q = {row_at<const T>(op.q, b, h, 0), op.q.stride[1], op.q.stride[2]};
+    if (op.rotary_cos.given) {  // this block's queries, as if the whole group were contiguous
+      T* q = rotated.at<T>(thread);
+      for (int64_t r = first; r < last; ++r)
+        rotate_to<T>(op, x.q.at(r / T_, r % T_), x.S - T_ + r % T_, D, q + (r - first) * D);
+      x.q = {q - first * D, T_ * D, D};
+    }
+    const Results<T> results = {{row_at<T>(op.out, b, h, 0), op.out.stride[1], op.out.stride[2]},
+                                row_at<C>(op.lse, b, h, 0),
+                                op.lse.stride[1],
+                                op.lse.stride[2]};
+    ForwardMemory<T> memory(D, E, scratch.at<char>(thread));
+    forward_rows<T>(x, first, last, results, memory);
+  });
+  return Status::ok;
+}
+
+}  // namespace
+
+Status attention_with_kvcache(const DecodeForward& op, int threads) {
+  Status status = Status::ok;
+  with_type(op.q.dtype, [&]<class T>(T) { status = forward<T>(op, threads); });
+  return status;
+}
+
+PYKERN_END_ISA

@@ -1,0 +1,89 @@
+#include "ops/decode.h"
+
+#include <cmath>
+
+#include "ops/check.h"
+
+namespace pykern {
+
+static constexpr Checker c{"attention_with_kvcache"};
+
+static void check_lengths(const DecodeForward& op, int64_t appended) {
+  const int64_t B = op.q.size[0], T = op.q.size[2], capacity = op.k_cache.size[2];
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length =
+        static_cast<const int32_t*>(op.cache_seqlens.data)[b * op.cache_seqlens.stride[0]];
+    PYKERN_CHECK(index, length >= 0 && length <= capacity, c.op, ": cache_seqlens[", b, "] is ",
+                 length, ", expected 0..", capacity);
+    PYKERN_CHECK(value, length + appended <= capacity, c.op, ": the cache is full: sequence ", b,
+                 " holds ", length, " keys and ", appended,
+                 " are appended, but k_cache has room for ", capacity);
+    if (!op.rotary_cos.given) continue;
+    const int64_t last = length + appended, first = last - T;
+    PYKERN_CHECK(index, T == 0 || (first >= 0 && last <= op.rotary_cos.size[0]), c.op,
+                 ": sequence ", b, " rotates positions ", first, "..", last - 1,
+                 ", but rotary_cos has ", op.rotary_cos.size[0], " rows");
+  }
+}
+
+void check(const DecodeForward& op) {
+  const Arg q{"q", op.q}, k_cache{"k_cache", op.k_cache}, v_cache{"v_cache", op.v_cache};
+  const Arg k{"k", op.k}, v{"v", op.v}, lengths{"cache_seqlens", op.cache_seqlens};
+  const Arg cos{"rotary_cos", op.rotary_cos}, sin{"rotary_sin", op.rotary_sin};
+  const Arg out{"out", op.out}, lse{"lse", op.lse};
+  c.floating(q);
+  c.rank(q, 4, "[B, H, T, D]");
+  c.rank(k_cache, 4, "[B, G, capacity, D]");
+  c.rank(v_cache, 4, "[B, G, capacity, E]");
+  c.rank(k, 4, "[B, G, N, D]");
+  c.rank(v, 4, "[B, G, N, E]");
+  for (const Arg& a : {k_cache, v_cache, k, v, out}) c.same_dtype(a, q);
+  const int64_t B = op.q.size[0], H = op.q.size[1], T = op.q.size[2], D = op.q.size[3];
+  const int64_t G = op.k_cache.size[1], capacity = op.k_cache.size[2], E = op.v_cache.size[3];
+  PYKERN_CHECK(value, op.k.given == op.v.given, c.op, ": k and v must be given together");
+  const int64_t N = op.k.given ? op.k.size[2] : 0;
+  PYKERN_CHECK(value, H == 0 || (G > 0 && H % G == 0), c.op, ": q has ", H,
+               " heads, which is not a multiple of the ", G, " heads of k_cache");
+  PYKERN_CHECK(value, D >= 1 && D <= 1024 && E <= 1024, c.op, ": head sizes ", D, " and ", E,
+               " must be 1..1024");
+  const int64_t k_shape[] = {B, G, capacity, D}, v_shape[] = {B, G, capacity, E};
+  for (int i = 0; i < 4; ++i) {
+    c.size(k_cache, i, k_shape[i], i == 3 ? "head size of q" : "batch of q");
+    c.size(v_cache, i, v_shape[i], "that of q or k_cache");
+    c.size(k, i, i == 2 ? N : k_shape[i], "that of k_cache");
+    c.size(v, i, i == 2 ? N : v_shape[i], "that of k and v_cache");
+  }
+  c.dtype(lengths, DType::i32);
+  c.same_device(lengths, q);
+  c.rank(lengths, 1, "[B]");
+  c.size(lengths, 0, B, "batch");
+  PYKERN_CHECK(value, op.rotary_cos.given == op.rotary_sin.given, c.op,
+               ": rotary_cos and rotary_sin must be given together");
+  if (op.rotary_cos.given) {
+    PYKERN_CHECK(type,
+                 op.rotary_cos.dtype == op.q.dtype || op.rotary_cos.dtype == stat_dtype(op.q.dtype),
+                 c.op, ": rotary_cos has dtype ", name(op.rotary_cos.dtype),
+                 ", expected that of q, ", name(op.q.dtype), ", or ", name(stat_dtype(op.q.dtype)));
+    c.same_device(cos, q);
+    c.rank(cos, 2, "[positions, R/2]");
+    c.same_dtype(sin, cos);
+    c.same_shape(sin, cos);
+    PYKERN_CHECK(value, 2 * op.rotary_cos.size[1] <= D, c.op, ": rotary_cos of shape ",
+                 shape(op.rotary_cos), " rotates R = ", 2 * op.rotary_cos.size[1],
+                 " numbers, but q has D = ", D);
+  }
+  c.rank(out, 4, "[B, H, T, E]");
+  const int64_t out_shape[] = {B, H, T, E};
+  for (int i = 0; i < 4; ++i) c.size(out, i, out_shape[i], "that of q and v_cache");
+  c.dtype(lse, stat_dtype(op.q.dtype));
+  c.same_device(lse, q);
+  c.rows_of(lse, q);
+  for (const Arg& a : {q, k_cache, v_cache, k, v, cos, sin, out}) c.unit_last(a);
+  for (const Arg& a : {k_cache, v_cache, out, lse}) c.output(a);
+  c.disjoint({k_cache, v_cache, out, lse}, {q, k, v, lengths, cos, sin});
+  PYKERN_CHECK(value, std::isfinite(op.scale), c.op, ": scale is ", op.scale,
+               ", expected a finite number");
+  check_lengths(op, N);
+}
+
+}  // namespace pykern

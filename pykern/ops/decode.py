@@ -1,0 +1,66 @@
+"""Attention against a key/value cache with the append in place: the step of generation. No gradient."""
+
+import torch
+from torch import Tensor
+
+from pykern.ops._library import _C, require_tensors, unit_last
+from pykern.ops.attention import _results
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    cache_seqlens: Tensor,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Writes k, v [B, G, N, D|E] into the caches at cache_seqlens, then attends: q [B, H, T, D] -> [B, H, T, E].
+
+    k_cache [B, G, capacity, D], v_cache [B, G, capacity, E]: any strides with a unit last one, changed in place.
+    cache_seqlens int32 [B]: the lengths before the append; not changed. Sequence b then holds S = cache_seqlens[b] + N
+    keys; causal: query t sees keys 0 .. S - T + t. Slots behind S are never read.
+    rotary_cos, rotary_sin [positions, R/2], R <= D, in q's dtype or float32: q and k are rotated to their positions
+    first. One dtype: float32, float64, bfloat16 or float16. scale: 1 / sqrt(D) by default.
+    Each row has the bits of the same row of pykern.attention(..., causal=True) over all keys.
+    TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, overlap, a cache that is full (nothing is
+    written). IndexError: a length or position out of range. RuntimeError: an argument requires grad.
+    """
+    require_tensors("attention_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
+        raise RuntimeError(
+            "attention_with_kvcache: has no gradient; call it under torch.no_grad() or detach its inputs"
+        )
+    for name, x, layout in (
+        ("q", q, "[B, H, T, D]"),
+        ("k_cache", k_cache, "[B, G, capacity, D]"),
+        ("v_cache", v_cache, "[B, G, capacity, E]"),
+    ):
+        if x.dim() != 4:
+            raise ValueError(f"attention_with_kvcache: {name} must be {layout}, got shape {list(x.shape)}")
+    out, lse = _results(q, v_cache)
+    _C.attention_with_kvcache(
+        unit_last(q),
+        k_cache,
+        v_cache,
+        None if k is None else unit_last(k),
+        None if v is None else unit_last(v),
+        cache_seqlens,
+        rotary_cos,
+        rotary_sin,
+        out,
+        lse,
+        causal=causal,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        rotary_interleaved=rotary_interleaved,
+    )
+    if k is not None:
+        torch.autograd.graph.increment_version([k_cache, v_cache])
+    return (out, lse) if return_lse else out
