@@ -1,16 +1,32 @@
 """The tape itself: order, accumulation, reuse, seeds, depth; with modules of one line, so that numbers are plain."""
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pykern.tape as pt
-from pykern.tape import Add, Linear, Module, Mul, Network, Parameter, Scale, Sigmoid, Sum, Tensor, tape, tape_bwd
+from pykern.tape import (
+    Add,
+    Linear,
+    Module,
+    Mul,
+    Network,
+    Parameter,
+    Scale,
+    Sigmoid,
+    Sum,
+    Tensor,
+    check_gradients,
+    tape,
+    tape_bwd,
+)
 
 
 class Square(Module):
@@ -209,6 +225,44 @@ def test_apply_bwd_adds_into_the_inputs():
     assert x.out_gradient == 6
     square.apply_bwd()
     assert x.out_gradient == 12
+
+
+def test_old_applications_are_freed_at_once():
+    """Without the garbage collector: an application that nobody holds must not live in a chain or a circle."""
+    square, x = Square(), Tensor(3.0)
+    gc.disable()
+    try:
+        y = square(x)
+        z = y(y)
+        tape_bwd()
+        references = [weakref.ref(y), weakref.ref(z)]
+        del y, z
+        square(x)  # takes the place of the latest application
+        tape_bwd()
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_graphs_with_shared_modules_and_values(seed):
+    class Graph(Network):
+        def __init__(self):
+            self.linear, self.sigmoid, self.add, self.mul = Linear(3, 3, rng=seed), Sigmoid(), Add(), Mul()
+
+        def connect(self, a, b):
+            rng, values = np.random.default_rng(seed), [a, b]
+            for _ in range(20):
+                one, two = (values[i] for i in rng.integers(0, len(values), 2))
+                kind = rng.integers(4)
+                if kind < 2:
+                    values.append([self.linear, self.sigmoid][kind](one))
+                else:
+                    values.append([self.add, self.mul][kind - 2](one, two))
+            return self.sigmoid(self.add(*values[-4:]))
+
+    rng = np.random.default_rng(seed)
+    check_gradients(Graph(), 0.5 * rng.normal(size=(2, 3)), 0.5 * rng.normal(size=(2, 3)))
 
 
 def test_no_tape_forgets_what_is_applied_inside():

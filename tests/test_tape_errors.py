@@ -224,7 +224,12 @@ BUILD = {
     "n": (lambda: Embedding(-1, 2), ValueError, "Embedding: n is -1"),
     "d": (lambda: LayerNorm(True), TypeError, "LayerNorm: d is True"),
     "eps": (lambda: LayerNorm(2, eps=-1), ValueError, "LayerNorm: eps is -1, expected a finite number (least 0)"),
-    "dtype": (lambda: Linear(2, 2, dtype=np.float16), TypeError, "Parameter: dtype is float16, expected float32 or"),
+    "dtype": (
+        lambda: Linear(2, 2, dtype=np.float16),
+        TypeError,
+        "Linear: dtype is float16, expected float32 or float64",
+    ),
+    "unknown dtype": (lambda: Tensor(1.0, dtype="real"), TypeError, "Tensor: dtype is 'real', expected float32 or"),
     "nan scale": (
         lambda: Attention(scale=float("nan")),
         ValueError,

@@ -20,6 +20,7 @@ class Embedding(Module):
 
     def __init__(self, n: int, d: int, *, rng: Any = None, dtype: Any = np.float64):
         inputs.positive("Embedding", n=n, d=d)
+        inputs.real("Embedding", dtype)
         self.weight = Parameter(np.random.default_rng(rng).normal(0.0, 0.02, (n, d)), dtype=dtype)
 
     def check(self, ids: np.ndarray) -> None:

@@ -280,7 +280,7 @@ def as_nodes(op: str, names: list[str], in_modules: tuple) -> tuple[Module, ...]
         if not value.on_tape:
             raise ValueError(
                 f"{op}: {argument} ({name(value)}) has left the tape, its gradient would be lost; "
-                f"apply it again, or pass Tensor(….out_tensor) for a constant"
+                "apply it again, or pass a Tensor of its out_tensor for a constant"
             )
         nodes.append(value.application)
     return tuple(nodes)

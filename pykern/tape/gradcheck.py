@@ -24,7 +24,7 @@ class Element(NamedTuple):
     difference: float
 
     def __str__(self) -> str:
-        return f"{self.name}: backward gives {self.backward:.10g}, the difference quotient {self.difference:.10g}"
+        return f"{self.name}: backward gives {self.backward:.8g}, the difference quotient {self.difference:.8g}"
 
 
 def check_gradients(

@@ -9,8 +9,7 @@ import numpy as np
 
 def as_array(op: str, argument: str, value: Any, dtype: Any = None) -> np.ndarray:
     """A C-contiguous copy in float64 (or dtype), int64 or bool; anything else is refused."""
-    if dtype is not None and np.dtype(dtype) not in (np.float32, np.float64):
-        raise TypeError(f"{op}: dtype is {np.dtype(dtype)}, expected float32 or float64")
+    dtype = None if dtype is None else real(op, dtype)
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -20,6 +19,17 @@ def as_array(op: str, argument: str, value: Any, dtype: Any = None) -> np.ndarra
     if dtype is None:
         dtype = {"f": np.float64, "b": np.bool_}.get(array.dtype.kind, np.int64)
     return np.array(array, dtype, order="C")
+
+
+def real(op: str, dtype: Any) -> np.dtype:
+    """float32 or float64, however it is written."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected float32 or float64") from error
+    if found not in (np.float32, np.float64):
+        raise TypeError(f"{op}: dtype is {found}, expected float32 or float64")
+    return found
 
 
 def as_number(array: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ class Linear(Module):
 
     def __init__(self, n_in: int, n_out: int, *, bias: bool = True, rng: Any = None, dtype: Any = np.float64):
         inputs.positive("Linear", n_in=n_in, n_out=n_out)
+        inputs.real("Linear", dtype)
         bound = n_in**-0.5
         self.weight = Parameter(np.random.default_rng(rng).uniform(-bound, bound, (n_out, n_in)), dtype=dtype)
         self.bias = Parameter(np.zeros(n_out), dtype=dtype) if bias else None

@@ -18,6 +18,7 @@ class LayerNorm(Module):
 
     def __init__(self, d: int, *, eps: float = 1e-5, dtype: Any = np.float64):
         inputs.positive("LayerNorm", d=d)
+        inputs.real("LayerNorm", dtype)
         self.weight = Parameter(np.ones(d), dtype=dtype)
         self.bias = Parameter(np.zeros(d), dtype=dtype)
         self.eps = inputs.number("LayerNorm", "eps", eps, least=0)
@@ -47,6 +48,7 @@ class RMSNorm(Module):
 
     def __init__(self, d: int, *, eps: float = 1e-6, dtype: Any = np.float64):
         inputs.positive("RMSNorm", d=d)
+        inputs.real("RMSNorm", dtype)
         self.weight = Parameter(np.ones(d), dtype=dtype)
         self.eps = inputs.number("RMSNorm", "eps", eps, least=0)
 
