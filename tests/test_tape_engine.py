@@ -371,6 +371,11 @@ def test_parameter_value_and_grad_can_be_assigned():
     parameter.grad += [1, 1]
     parameter.grad += [1, 1]
     assert parameter.out_tensor.tolist() == [3, 4] and parameter.grad.tolist() == [2, 2]
+    mine = np.array([5.0, 5.0])
+    parameter.value = parameter.grad = mine
+    parameter.value -= 1
+    parameter.grad += 1
+    assert (parameter.value.tolist(), parameter.grad.tolist(), mine.tolist()) == ([4, 4], [6, 6], [5, 5])
     with pytest.raises(ValueError, match=r"^Parameter: value has shape \(3,\), expected \(2,\)"):
         parameter.value = [1, 2, 3]
     with pytest.raises(ValueError, match=r"^Parameter: out_gradient has shape \(3,\), out_tensor has \(2,\)"):

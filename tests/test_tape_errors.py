@@ -249,6 +249,7 @@ BUILD = {
     ),
     "lr": (lambda: SGD([Parameter(1.0)], lr=-1), ValueError, "SGD: lr is -1, expected a finite number (least 0)"),
     "betas": (lambda: AdamW([Parameter(1.0)], betas=(0.9, 1.0)), ValueError, "AdamW: betas is 1.0"),
+    "one beta": (lambda: AdamW([Parameter(1.0)], betas=0.9), ValueError, "AdamW: betas is 0.9, expected two numbers"),
     "no parameters": (lambda: SGD([], lr=0.1), ValueError, "SGD: parameters is empty"),
     "a module": (lambda: AdamW(Linear(2, 2)), TypeError, "AdamW: parameters is a Linear, expected a list"),
     "modules": (lambda: AdamW([Linear(2, 2)]), TypeError, "AdamW: parameters holds a Linear, expected module.param"),

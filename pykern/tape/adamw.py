@@ -63,7 +63,9 @@ class AdamW(Optimizer):
         weight_decay: float = 0.01,
     ):
         super().__init__(parameters, lr)
-        beta1, beta2 = (inputs.number("AdamW", "betas", beta, least=0, below=1) for beta in betas)
+        beta1, beta2 = (
+            inputs.number("AdamW", "betas", b, least=0, below=1) for b in inputs.pair("AdamW", "betas", betas)
+        )
         eps = inputs.number("AdamW", "eps", eps, least=0)
         weight_decay = inputs.number("AdamW", "weight_decay", weight_decay, least=0)
         self.options: dict[str, Any] = dict(

@@ -45,14 +45,7 @@ class Module:
         """
         node = copy.copy(self)
         vars(node).pop("latest", None)
-        node.in_names = inputs.count(name(self), type(self).forward, len(in_modules))
-        node.in_modules = as_nodes(name(self), node.in_names, in_modules)
-        node.in_tensors = tuple(
-            module.out_tensor if argument in self.integer_inputs else inputs.as_number(module.out_tensor)
-            for argument, module in zip(node.in_names, node.in_modules, strict=True)
-        )
-        inputs.one_dtype(name(self), [*zip(node.in_names, node.in_tensors, strict=True), *self.own_parameters()])
-        node.check(*node.in_tensors)
+        node.take_inputs(in_modules)
         node._out_tensor = inputs.as_output(name(self), node.forward(*node.in_tensors))
         node._out_gradient = None
         node.place = len(tape)
@@ -89,6 +82,17 @@ class Module:
 
     # ---- the application: where the tensors of a module are
 
+    def take_inputs(self, in_modules: tuple) -> None:
+        """Set in_names, in_modules and in_tensors, or refuse the inputs."""
+        self.in_names = inputs.count(name(self), type(self).forward, len(in_modules))
+        self.in_modules = as_nodes(name(self), self.in_names, in_modules)
+        self.in_tensors = tuple(
+            module.out_tensor if argument in self.integer_inputs else inputs.as_number(module.out_tensor)
+            for argument, module in zip(self.in_names, self.in_modules, strict=True)
+        )
+        inputs.one_dtype(name(self), [*zip(self.in_names, self.in_tensors, strict=True), *self.own_parameters()])
+        self.check(*self.in_tensors)
+
     @property
     def is_application(self) -> bool:
         return "_out_tensor" in vars(self)
@@ -120,8 +124,8 @@ class Module:
     @out_gradient.setter
     def out_gradient(self, gradient: Any) -> None:
         node = self.application
-        if gradient is not None:
-            gradient = np.asarray(gradient, node.out_tensor.dtype, order="C")
+        if gradient is not None and gradient is not node._out_gradient:  # it is after out_gradient += ...
+            gradient = np.array(gradient, node.out_tensor.dtype, order="C")
             if gradient.shape != node.out_tensor.shape:
                 raise ValueError(
                     f"{name(self)}: out_gradient has shape {gradient.shape}, out_tensor has {node.out_tensor.shape}"
@@ -205,10 +209,11 @@ class Parameter(Tensor):
 
     @value.setter
     def value(self, value: Any) -> None:
-        array = inputs.as_array("Parameter", "value", value, self.value.dtype)
-        if array.shape != self.value.shape:
-            raise ValueError(f"Parameter: value has shape {array.shape}, expected {self.value.shape}")
-        self._out_tensor = array
+        if value is not self._out_tensor:  # it is after value -= ...
+            array = inputs.as_array("Parameter", "value", value, self.value.dtype)
+            if array.shape != self.value.shape:
+                raise ValueError(f"Parameter: value has shape {array.shape}, expected {self.value.shape}")
+            self._out_tensor = array
 
     @property
     def grad(self) -> np.ndarray:

@@ -146,6 +146,12 @@ def number(op: str, argument: str, value: Any, **limits: float) -> float:
     return float(value)
 
 
+def pair(op: str, argument: str, value: Any) -> tuple:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{op}: {argument} is {value!r}, expected two numbers")
+    return tuple(value)
+
+
 def unique(op: str, argument: str, value: Any) -> list:
     """The elements of an iterable, each object once."""
     try:
