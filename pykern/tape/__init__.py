@@ -8,7 +8,7 @@ tape_bwd()
 x.out_gradient        # dy/dx
 """
 
-from .activation import GELU, ReLU, Sigmoid, SiLU, Softmax
+from .activation import GELU, ReLU, Sigmoid, SiLU
 from .adamw import SGD, AdamW
 from .arithmetic import Add, MergeHeads, Mul, Reshape, Scale, SplitHeads, Sum, Transpose
 from .attention import Attention
@@ -19,6 +19,7 @@ from .gradcheck import GradientError, check_gradients
 from .linear import Linear
 from .models import NeuralNetwork, TransformerBlock, TransformerLM
 from .norm import LayerNorm, RMSNorm
+from .softmax import Softmax
 
 __all__ = [
     "GELU",

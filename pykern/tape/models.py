@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from . import inputs
-from .activation import GELU, Sigmoid, Softmax
+from .activation import GELU, Sigmoid
 from .arithmetic import Add, MergeHeads, SplitHeads
 from .attention import Attention
 from .cross_entropy import CrossEntropy, SoftmaxCrossEntropy
@@ -13,6 +13,7 @@ from .embedding import Embedding
 from .engine import Module, Network, no_tape
 from .linear import Linear
 from .norm import LayerNorm
+from .softmax import Softmax
 
 
 class NeuralNetwork(Network):
