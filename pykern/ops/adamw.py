@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, _library, below_autograd_guard, define, require_tensors, unit_last
+from pykern.ops._library import _C, _library, below_autograd_guard, define, optional_tensors, require_tensors, unit_last
 
 
 def _smallest_stride_last(param, *others):
@@ -65,8 +65,7 @@ def adamw_(
     ValueError: shapes, overlap, options out of range, a grad_scale that is not finite.
     """
     require_tensors("adamw", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-    if master is not None:
-        require_tensors("adamw", master=master)
+    optional_tensors("adamw", master=master)
     _adamw(
         param,
         grad,

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pykern.ops._library import (
     _C,
@@ -88,7 +87,6 @@ class _CrossEntropy(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, _):
         return _cross_entropy_backward(*ctx.saved_tensors, dout, *ctx.options), *[None] * 5
 
