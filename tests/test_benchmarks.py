@@ -1,0 +1,230 @@
+"""The harness of the benchmarks: interleaved timing on a clock of our own, counts of flops and bytes, a whole run."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_attention, bench_cross_entropy, bench_decode, bench_linear, bench_norm, models, report
+from benchmarks.plain_gpt import PlainGPT
+from benchmarks.roofline import Roof, size_text
+from benchmarks.timing import LEAST_ROUNDS, MOST_ROUNDS, Timings, in_turn, interleave
+
+ROOT = Path(__file__).parent.parent
+BENCHES = ("attention", "linear", "norm", "cross_entropy")
+pytestmark = pytest.mark.one_isa
+
+
+class Clock:
+    """Time passes only when a function takes it."""
+
+    def __init__(self):
+        self.now, self.calls, self.slowdown = 0.0, [], 1.0
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, name, seconds):
+        def function():
+            self.calls.append(name)
+            self.now += seconds * self.slowdown
+
+        return function
+
+
+def test_interleave_alternates_and_takes_the_median():
+    clock = Clock()
+    timings = interleave({"a": clock.takes("a", 0.5), "b": clock.takes("b", 1.5)}, 10.0, clock)
+    rounds = len(timings.seconds["a"])
+    assert rounds == 10 and timings.median("a") == 0.5 and timings.median("b") == 1.5
+    assert timings.ratio("b", "a") == 3.0 and timings.spread("a") == 0.0
+    measured = "".join(clock.calls[6:])  # two warm-up calls and one for the estimate, each
+    assert measured == "abba" * (rounds // 2)
+
+
+def test_a_machine_that_slows_down_does_not_change_the_ratio():
+    clock = Clock()
+    a = clock.takes("a", 1.0)
+
+    def b():
+        clock.takes("b", 2.0)()
+        clock.slowdown *= (
+            1.1  # after each b: rounds differ, and within a round the order favours now one, now the other
+        )
+
+    timings = interleave({"a": a, "b": b}, 60.0, clock)
+    assert timings.median("a") > 2.0
+    assert timings.ratio("b", "a") == pytest.approx(2.0, rel=0.1)
+    assert timings.spread("a") > 0.1
+
+
+def test_short_functions_are_repeated_and_rounds_are_bounded():
+    clock = Clock()
+    timings = interleave({"a": clock.takes("a", 1e-5)}, 1e9, clock)
+    assert len(timings.seconds["a"]) == MOST_ROUNDS and len(clock.calls) == 3 + 200 * MOST_ROUNDS
+    assert timings.median("a") == pytest.approx(1e-5)
+    slow = Clock()
+    assert len(interleave({"a": slow.takes("a", 100.0)}, 1.0, slow).seconds["a"]) == LEAST_ROUNDS
+
+
+def test_a_function_that_takes_no_time_is_refused_and_collection_goes_on():
+    with pytest.raises(RuntimeError, match=r"timing: 1 calls took 0\.0 s"):
+        interleave({"a": lambda: None}, 1.0, Clock())
+    assert gc.isenabled()
+
+    def fails():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interleave({"a": fails}, 1.0)
+    assert gc.isenabled()
+
+
+def test_ratio_is_the_median_of_the_rounds_not_the_ratio_of_medians():
+    timings = Timings({"a": [1.0, 2.0, 10.0], "b": [3.0, 2.0, 30.0]})
+    assert timings.ratio("b", "a") == 3.0 and timings.median("b") / timings.median("a") == 1.5
+    assert timings.spread("a") == 4.5
+
+
+def test_in_turn_goes_round():
+    function = in_turn([lambda i=i: i for i in range(3)])
+    assert [function() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_roof_takes_the_longer_of_arithmetic_and_memory():
+    roof = Roof(1, {"float32": 100e9}, {1 << 20: 80e9, 1 << 24: 20e9}, {})
+    assert roof.bandwidth(1) == roof.bandwidth(1 << 20) == 80e9
+    assert roof.bandwidth(1 << 24) == roof.bandwidth(1 << 40) == 20e9
+    assert roof.bandwidth(1 << 22) == pytest.approx(40e9)
+    assert roof.seconds(torch.float32, 1e9, 1e6, 1e3) == 0.01
+    assert roof.seconds(torch.float32, 0.0, 8e9, 1 << 20) == 0.1
+    assert roof.seconds(torch.float32, 0.0, 8e9, 1 << 30) == 0.4
+
+
+def test_texts():
+    assert [size_text(s) for s in (1 << 14, 1 << 20, 3 << 30)] == ["16 KiB", "1 MiB", "3 GiB"]
+    assert [report.time_text(s) for s in (1.5, 2e-3, 3.25e-6, 4e-9)] == ["1.5 s", "2 ms", "3.25 us", "4 ns"]
+    row = report.Row("norm", "x", "float32", 1, 2e9, 1e9, "torch", 0.5, 0.01, 9, 0.25, 1.5)
+    assert report.line(row, first=True).split() == [
+        "x",
+        "float32",
+        "torch",
+        "500",
+        "ms",
+        "4.0",
+        "2.0",
+        "25%",
+        "1.50",
+        "1%",
+    ]
+    assert len(report.line(row, first=False)) == len(report.HEAD)
+
+
+def test_attention_counts():
+    assert bench_attention.flops(1, 12, 1024, 1024, 64, causal=False, backward=False) == 4 * 12 * 1024 * 1024 * 64
+    assert bench_attention.flops(1, 12, 1024, 1024, 64, causal=True, backward=False) == 2 * 12 * 1024 * 1024 * 64
+    assert bench_attention.flops(1, 1, 8, 8, 4, causal=True, backward=True) == 3.5 * 2 * 8 * 8 * 4
+    assert bench_attention.moved(2, 4, 2, 3, 5, 8, 4, backward=False) == 4 * (2 * 2 * 4 * 3 * 8 + 2 * 2 * 2 * 5 * 8)
+
+
+def test_linear_counts():
+    assert bench_linear.flops(2, 3, 5, backward=False) == 60 and bench_linear.flops(2, 3, 5, backward=True) == 180
+    assert bench_linear.moved(2, 3, 5, 4, backward=False) == 4 * (6 + 15 + 5 + 10)
+
+
+def test_model_counts():
+    """124 439 808 is what GPT-2's authors call 117M and everyone else 124M."""
+    assert models.GPT2.parameters == 124_439_808
+    assert round(models.SMALL.parameters / 1e6, 1) == 23.6
+    tiny = models.TINY
+    assert tiny.parameters == sum(p.numel() for p in PlainGPT(**tiny.sizes).parameters())
+    assert tiny.training_flops(2, 8) == 6 * tiny.matrix_weights * 16 + 3.5 * 2 * 2 * 8 * 8 * 64 * 2
+    assert tiny.decode_bytes(1, 9, 2) - tiny.decode_bytes(1, 8, 2) == 2 * 2 * 64 * 2
+
+
+def test_a_plain_step_is_a_row_of_the_plain_forward_pass():
+    torch.manual_seed(0)
+    model = PlainGPT(**models.TINY.sizes).eval()
+    ids = torch.randint(256, (2, 6))
+    caches = model.caches(2, torch.float32)
+    for t in range(6):
+        logits = model.step(ids[:, t], caches, t)
+    full = torch.nn.functional.linear(model.hidden(ids)[:, -1], model.wte.weight)
+    torch.testing.assert_close(logits, full, rtol=1e-4, atol=1e-5)
+
+
+def _comparable():
+    for module in (bench_attention, bench_linear, bench_norm, bench_cross_entropy):
+        yield from module.cases(quick=True)
+    yield from bench_decode.attention_cases(bench_decode.QUICK_SHAPES)
+
+
+def test_all_contestants_of_a_case_compute_the_same():
+    """Half precision is compared to a few roundings, between functions that round at different places."""
+    names = set()
+    for case in _comparable():
+        results = {who: function() for who, function in case.build().items()}
+        ours = results.pop(report.OURS)
+        assert results and (case.name, case.dtype) not in names
+        names.add((case.name, case.dtype))
+        for who, theirs in results.items():
+            pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+            for a, b in pairs:
+                scale = b.double().abs().max().item()
+                bound = (1e-4 if case.dtype == torch.float32 else 4e-2) * max(scale, 1e-30)
+                worst = (a.double() - b.double()).abs().max().item()
+                assert worst <= bound, f"{case.name} {case.dtype} {who}: {worst} of {scale}"
+
+
+def benchmarks(*arguments):
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_a_quick_run(tmp_path):
+    parts = [argument for name in BENCHES for argument in ("--only", name)]
+    run = benchmarks("--quick", "--threads", "1", "--json", str(tmp_path / "out.json"), *parts)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(found) == ["machine", "results", "roofline"]
+    assert {row["bench"] for row in found["results"]} == {
+        "attention",
+        "linear",
+        "norm",
+        "cross_entropy",
+        "decode",
+        "train",
+    }
+    for row in found["results"]:
+        assert row["seconds"] > 0 and row["moved"] > 0 and row["roof"] > 0 and row["samples"] >= LEAST_ROUNDS
+        assert row["who"] != report.OURS or row["ratio"] == 1.0
+    assert all(rate > 0 for rate in found["roofline"][0]["flops"].values())
+    assert [r["threads"] for r in found["roofline"]] == [1]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert "nothing here is a measurement" in run.stdout
+
+
+@pytest.mark.slow
+def test_only_the_roofline():
+    run = benchmarks("--quick", "--threads", "2", "--only", "roofline")
+    assert run.returncode == 0, run.stderr
+    assert "1 thread" in run.stdout and "2 threads" in run.stdout and "x pykern" not in run.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--only", "everything"], "argument --only: invalid choice: 'everything'"),
+        (["--threads", "0"], "--threads is 0, expected 1..1024"),
+        (["--seconds", "-1"], "--seconds is -1.0, expected a number between 0 and 3600"),
+        (["--json", "/no/such/folder/x.json"], "--json: there is no folder /no/such/folder"),
+    ],
+)
+def test_refused(arguments, words):
+    run = benchmarks(*arguments)
+    assert run.returncode == 2 and words in run.stderr and not run.stdout
