@@ -1,0 +1,70 @@
+"""Linear layers, with the activation and the residual addition fused into the matrix product."""
+
+import torch
+from torch import Tensor
+
+from pykern import ops
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "sigmoid")
+
+
+class Linear(torch.nn.Linear):
+    """activation(x weight^T + bias) + residual for x [..., K], weight [N, K], bias [N], residual [..., N].
+
+    activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid".
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        if activation not in (None, *ACTIVATIONS):
+            raise ValueError(
+                f"Linear: activation is {activation!r} but must be None or one of {', '.join(ACTIVATIONS)}"
+            )
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, activation=self.activation, residual=residual)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
+
+
+class MLP(torch.nn.Module):
+    """c_proj(activation(c_fc(x))) + residual for x [..., width]; parameters have GPT-2's names.
+
+    activation "swiglu" is c_proj(silu(c_gate(x)) * c_fc(x)); the others are those of Linear.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if activation not in (*ACTIVATIONS, "swiglu"):
+            raise ValueError(f"MLP: activation is {activation!r} but must be one of {', '.join(ACTIVATIONS)}, swiglu")
+        super().__init__()
+        gated = activation == "swiglu"
+        self.activation = activation
+        self.c_gate = Linear(width, hidden, bias, device, dtype) if gated else None
+        self.c_fc = Linear(width, hidden, bias, device, dtype, activation=None if gated else activation)
+        self.c_proj = Linear(hidden, width, bias, device, dtype)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        h = self.c_fc(x) if self.c_gate is None else ops.swiglu(self.c_gate(x), self.c_fc(x))
+        return self.c_proj(h, residual)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"

@@ -1,0 +1,128 @@
+"""The pre-norm Transformer block: x + attention(norm(x)), then h + mlp(norm(h)). Parameters have GPT-2's names."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pykern import ops
+from pykern.nn.linear import MLP, Linear
+from pykern.nn.norm import LayerNorm, RMSNorm
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class Attend(Protocol):
+    """What a cache is to a block: it stores the new keys and values and attends over all it has."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> Tensor: ...
+
+
+def make_norm(kind: str, width: int, bias: bool, device=None, dtype=None) -> LayerNorm | RMSNorm:
+    """norm "layernorm" (eps 1e-5) or "rmsnorm" (eps 1e-6) over the last dimension."""
+    if kind == "layernorm":
+        return LayerNorm(width, eps=1e-5, bias=bias, device=device, dtype=dtype)
+    if kind == "rmsnorm":
+        return RMSNorm(width, eps=1e-6, device=device, dtype=dtype)
+    raise ValueError(f"norm is {kind!r} but must be layernorm or rmsnorm")
+
+
+class SelfAttention(torch.nn.Module):
+    """c_proj(attention(q, k, v)) + residual for x [B, T, width]; (q | k | v) = c_attn(x), n_kv_head heads of k and v.
+
+    rotary (cos, sin), each [positions, head size / 2], rotates q and k; bias is added to the scores. qk_norm normalises
+    each head of q and k to root mean square 1 before the rotation.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n_head: int,
+        n_kv_head: int | None = None,
+        *,
+        bias: bool = True,
+        causal: bool = True,
+        qk_norm: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        n_kv_head = n_head if n_kv_head is None else n_kv_head
+        if width <= 0 or n_head <= 0 or width % n_head:
+            raise ValueError(f"SelfAttention: {n_head} heads do not divide width {width}")
+        if n_kv_head <= 0 or n_head % n_kv_head:
+            raise ValueError(f"SelfAttention: {n_kv_head} key/value heads do not divide {n_head} heads")
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head, width // n_head
+        self.causal, self.qk_norm = causal, qk_norm
+        self.c_attn = Linear(width, (n_head + 2 * n_kv_head) * self.head_size, bias, device, dtype)
+        self.c_proj = Linear(width, width, bias, device, dtype)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, n_head, T, head size] and k, v [B, n_kv_head, T, head size]: views of one product."""
+        qkv = self.c_attn(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        q, k, v = qkv.split((self.n_head, self.n_kv_head, self.n_kv_head), 1)
+        if self.qk_norm:
+            q, k = ops.rms_norm(q, None, 1e-6), ops.rms_norm(k, None, 1e-6)
+        return q, k, v
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        rotary: Rotary | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        cache: Attend | None = None,
+    ) -> Tensor:
+        q, k, v = self.heads(x)
+        if rotary is not None:
+            q, k = (ops.rope(y, *rotary, positions=positions) for y in (q, k))
+        if cache is None:
+            out = ops.attention(q, k, v, mask=mask, bias=bias, causal=self.causal)
+        else:
+            out = cache(q, k, v, bias=bias)
+        return self.c_proj(out.transpose(1, 2).flatten(2), residual)
+
+    def extra_repr(self) -> str:
+        return f"n_head={self.n_head}, n_kv_head={self.n_kv_head}, head_size={self.head_size}, causal={self.causal}"
+
+
+class TransformerBlock(torch.nn.Module):
+    """h = x + attn(ln_1(x));  out = h + mlp(ln_2(h)), for x [B, T, width].
+
+    hidden is 4 * width unless given. dropout falls on what each half adds, as in GPT-2, but not on the attention
+    weights. The keyword arguments of forward are those of SelfAttention.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        n_head: int,
+        n_kv_head: int | None = None,
+        *,
+        hidden: int | None = None,
+        norm: str = "layernorm",
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        causal: bool = True,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.ln_1 = make_norm(norm, width, bias, **place)
+        self.attn = SelfAttention(width, n_head, n_kv_head, bias=bias, causal=causal, qk_norm=qk_norm, **place)
+        self.ln_2 = make_norm(norm, width, bias, **place)
+        self.mlp = MLP(width, 4 * width if hidden is None else hidden, activation, bias, **place)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, **attention) -> Tensor:
+        if self.dropout and self.training:
+            x = x + torch.nn.functional.dropout(self.attn(self.ln_1(x), **attention), self.dropout)
+            return x + torch.nn.functional.dropout(self.mlp(self.ln_2(x)), self.dropout)
+        h = self.attn(self.ln_1(x), x, **attention)
+        return self.mlp(self.ln_2(h), h)
