@@ -1,0 +1,38 @@
+"""A Transformer language model on pykern's kernels: tokenizers, batches, training, checkpoints, generation.
+
+Names are imported when first used, so that tokenizing a file, say, does not import torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF = {
+    "Batches": "batches",
+    "Config": "config",
+    "Corpus": "corpus",
+    "Data": "data",
+    "Evaluation": "evaluation",
+    "KVCache": "kvcache",
+    "NGram": "ngram",
+    "Sampler": "sampling",
+    "Session": "session",
+    "Tokenizer": "tokenizer",
+    "TrainOptions": "options",
+    "Trainer": "trainer",
+    "Transformer": "model",
+    "evaluate": "evaluation",
+    "generate": "session",
+    "train": "trainer",
+    "validation_batches": "batches",
+}
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'pykern.lm' has no attribute {name!r}")
+    return getattr(import_module(f"pykern.lm.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
