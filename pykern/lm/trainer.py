@@ -1,0 +1,360 @@
+"""Training: batches, AdamW steps, evaluations, and checkpoints from which a run goes on bit for bit."""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pykern.lm import checkpoint
+from pykern.lm.batches import Batches
+from pykern.lm.config import Config
+from pykern.lm.data import Data
+from pykern.lm.evaluation import Evaluation, evaluate
+from pykern.lm.model import Transformer, expected_tensors
+from pykern.lm.options import TrainOptions
+from pykern.lm.plot import LossLog, plot
+from pykern.lm.progress import Reporter, Silent, Status, peak_gflops
+from pykern.optim import AdamW
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CORPUS = ("source", "sha256", "description")  # what is remembered of the text
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. evaluation is of the whole held-out text, None when the run was interrupted."""
+
+    step: int
+    seconds: float
+    evaluation: Evaluation | None
+    interrupted: bool
+    out: Path
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C into an answer of the function that it yields; a second one interrupts as usual."""
+    pressed = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or previous in (signal.SIG_IGN, None):
+        yield pressed.is_set
+        return
+
+    def press(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed during an evaluation."""
+
+
+def make_model(config: Config, options: TrainOptions) -> Transformer:
+    """A model whose weights follow from the seed alone; torch's own random stream is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        model = Transformer(config)
+        model.init_weights(options.residual_init)
+    return model
+
+
+def make_optimizer(model: Transformer, options: TrainOptions) -> AdamW:
+    """AdamW that decays matrices and leaves norms and biases alone."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        weight_decay=options.weight_decay,
+        max_norm=options.clip or None,
+    )
+
+
+class Trainer:
+    """Trains `model` on `data`; `out` becomes its checkpoint folder, with loss.csv and loss.png beside.
+
+    ValueError when out already holds a checkpoint, or the data are too short for the block size: before anything is
+    written.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        data: Data,
+        options: TrainOptions,
+        out: str | os.PathLike[str],
+        *,
+        report: Reporter | None = None,
+    ) -> None:
+        self._set_up(model, data, options, out, report)
+        if not self.out.is_dir() and (self.out.exists() or self.out.is_symlink()):
+            raise ValueError(f"train: {self.out} is not a folder")
+        if self._has_checkpoint():
+            raise ValueError(f"train: {self.out} already holds a checkpoint: resume it, or choose another folder")
+
+    def _set_up(self, model, data, options, out, report) -> None:
+        config = model.config
+        if data.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"train: {data.tokenizer.vocab_size} tokens but the model has vocab_size {config.vocab_size}"
+            )
+        if len(data.val) < 2:
+            raise ValueError(f"train: the held-out text has {len(data.val)} tokens but evaluation needs at least 2")
+        self.batches = Batches(data.train, config.block_size, options.batch_size, options.seed)
+        self.model = model.to(DTYPES[options.dtype]).train()
+        self.data, self.options, self.out = data, options, Path(out)
+        self.report = Silent() if report is None else report
+        self.optimizer = make_optimizer(self.model, options)
+        self.step, self.seconds = 0, 0.0
+        self._seconds_per_step = math.nan
+
+    def _has_checkpoint(self) -> bool:
+        try:
+            checkpoint.load_config(self.out)
+        except FileNotFoundError:
+            return False
+        return True
+
+    @classmethod
+    def resume(
+        cls,
+        out: str | os.PathLike[str],
+        data: Data,
+        options: TrainOptions | None = None,
+        *,
+        report: Reporter | None = None,
+    ) -> "Trainer":
+        """The run in folder `out`, ready to go on from its checkpoint; options None: those it was started with.
+
+        With the same data and options the losses are, bit for bit, those of a run that was never interrupted (a run
+        that ends by the clock excepted). FileNotFoundError or ValueError says what is missing or does not fit.
+        """
+        loaded = checkpoint.load_checkpoint(out, expected=expected_tensors)
+        state = read_state(loaded.state, Path(out))
+        if state.sha256 != data.sha256:
+            raise ValueError(f"train: {out} was trained on another text: {state.description}, not {data.description}")
+        trainer = cls.__new__(cls)
+        trainer._set_up(
+            Transformer.from_checkpoint(loaded), data, state.options if options is None else options, out, report
+        )
+        trainer.step, trainer.seconds = state.step, state.seconds
+        trainer._restore_optimizer(loaded.tensors, loaded.state_tensors or {})
+        return trainer
+
+    def _restore_optimizer(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        for name, p in self.model.named_parameters():
+            state = self.optimizer.prepare(p)
+            state["step"] = self.step
+            for key in MOMENTS:
+                saved = moments.get(f"{key}.{name}")
+                if saved is None or saved.shape != p.shape or saved.dtype != state[key].dtype:
+                    raise ValueError(f"{self.out}: the training state has no usable {key} of {name}")
+                state[key].copy_(saved)
+            if "master" in state:
+                state["master"].copy_(weights[name])
+
+    @property
+    def fraction(self) -> float:
+        """How much of the run lies behind, 0 to 1."""
+        return self.options.fraction(self.step, self.seconds)
+
+    def train_step(self) -> dict[str, int | float]:
+        """One batch, one update; its row of loss.csv. FloatingPointError, before any weight changes, for a NaN loss."""
+        start = time.perf_counter()
+        x, y = self.batches.at(self.step)
+        lr = self.options.learning_rate(self.step, self.seconds)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(x, y)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"train: the loss is {loss.item()} at step {self.step + 1}: try a lower lr")
+        loss.backward()
+        self.optimizer.step()
+        seconds = time.perf_counter() - start
+        self.step += 1
+        self.seconds += seconds
+        known = not math.isnan(self._seconds_per_step)
+        self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if known else seconds
+        norm = self.optimizer.grad_norm
+        return {
+            "step": self.step,
+            "tokens": self.step * y.numel(),
+            "seconds": self.seconds,
+            "loss": loss.item(),
+            "lr": lr,
+            "grad_norm": math.nan if norm is None else float(norm),
+        }
+
+    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.model.config.dropout:
+            return self.model(x, y)
+        with torch.random.fork_rng(devices=[]):  # what is dropped follows from seed and step, so that resuming is exact
+            torch.manual_seed((self.options.seed * 1_000_003 + self.step) % 2**63)
+            return self.model(x, y)
+
+    def evaluate(self, tokens: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
+        """Of the first `tokens` held-out tokens, or of all; None when interrupted() cut it short."""
+
+        def check() -> None:
+            if interrupted():
+                raise Interrupted
+
+        val = self.data.val if tokens is None else self.data.val[: tokens + 1]
+        size = self.options.batch_size
+        try:
+            return evaluate(self.model, val, self.data.tokenizer, batch_size=size, each_batch=check)
+        except Interrupted:
+            return None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters in float32: the optimizer's master weights where there are some."""
+        state = self.optimizer.state
+        return {name: state.get(p, {}).get("master", p).detach() for name, p in self.model.named_parameters()}
+
+    def save(self) -> None:
+        """Writes the checkpoint, atomically, with all that resume() needs."""
+        moments = {
+            f"{key}.{name}": self.optimizer.prepare(p)[key]
+            for name, p in self.model.named_parameters()
+            for key in MOMENTS
+        }
+        checkpoint.save_checkpoint(
+            self.out,
+            config=self.model.config,
+            tensors=self.weights(),
+            tokenizer=self.data.tokenizer,
+            state={
+                "step": self.step,
+                "seconds": self.seconds,
+                "options": self.options.to_dict(),
+                "corpus": {name: getattr(self.data, name) for name in CORPUS},
+            },
+            state_tensors=moments,
+        )
+
+    def _status(self, row: dict[str, int | float], peak: float) -> Status:
+        tokens_per_second = self.options.batch_size * self.model.config.block_size / self._seconds_per_step
+        return Status(
+            step=self.step,
+            steps=self.options.steps if self.options.minutes is None else None,
+            fraction=self.fraction,
+            loss=row["loss"],
+            lr=row["lr"],
+            grad_norm=row["grad_norm"],
+            tokens_per_second=tokens_per_second,
+            gflops=tokens_per_second * self.model.config.training_flops_per_token() / 1e9,
+            peak_gflops=peak,
+            eta_seconds=self.seconds * (1.0 / self.fraction - 1.0),
+        )
+
+    def run(self) -> Result:
+        """Trains to the end, or to Ctrl-C: then the step that runs is finished and a checkpoint written."""
+        options, config = self.options, self.model.config
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self._has_checkpoint():
+            self.save()  # from here on there is always one to load
+        peak = math.nan if isinstance(self.report, Silent) else peak_gflops(DTYPES[options.dtype])
+        log = LossLog(self.out / "loss.csv", self.step)
+        evaluation = None
+        try:
+            self.report.note(
+                f"{self.data.description}; {len(self.data.train):,} tokens to train on, "
+                f"{len(self.data.val):,} held out; {config.parameter_count:,} parameters; peak {peak:.0f} GFLOP/s"
+            )
+            with interruptible() as interrupted:
+                while self.fraction < 1.0 and not interrupted():
+                    row = self.train_step()
+                    done = self.fraction >= 1.0
+                    if done or (options.eval_every and self.step % options.eval_every == 0):
+                        evaluation = self.evaluate(None if done else options.eval_tokens, interrupted)
+                        if evaluation is not None:
+                            row |= {"val_loss": evaluation.loss, "val_bits_per_byte": evaluation.bits_per_byte}
+                            self._note(evaluation)
+                    log.add(row)
+                    self.report.status(self._status(row, peak))
+                    if options.checkpoint_every and self.step % options.checkpoint_every == 0 and not done:
+                        log.flush()
+                        self.save()
+                finished = self.fraction >= 1.0
+                if finished and evaluation is None and not interrupted():  # a finished run, resumed
+                    evaluation = self.evaluate(None, interrupted)
+                log.flush()
+                self.save()
+        finally:
+            log.close()
+            self.report.close()
+        plot(self.out / "loss.csv", self.out / "loss.png", title=self.data.description)
+        complete = finished and evaluation is not None
+        return Result(self.step, self.seconds, evaluation if complete else None, not complete, self.out)
+
+    def _note(self, evaluation: Evaluation) -> None:
+        self.report.note(
+            f"step {self.step} | held-out loss {evaluation.loss:.4f} | {evaluation.bits_per_byte:.4f} bits per byte"
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """What training.json holds."""
+
+    step: int
+    seconds: float
+    options: TrainOptions
+    source: str
+    sha256: str
+    description: str
+
+
+def read_state(values: dict[str, Any] | None, out: Path) -> State:
+    """The training state of the checkpoint in `out`; ValueError when there is none or it makes no sense."""
+    if values is None:
+        raise ValueError(f"train: {out} has no training state, so it cannot be resumed")
+    step, seconds, options, text = (values.get(name) for name in ("step", "seconds", "options", "corpus"))
+    if (
+        isinstance(step, int)
+        and not isinstance(step, bool)
+        and 0 <= step < 2**62
+        and isinstance(seconds, int | float)
+        and 0.0 <= seconds < math.inf
+        and isinstance(options, dict)
+        and isinstance(text, dict)
+        and all(isinstance(text.get(name), str) for name in CORPUS)
+    ):
+        return State(step, float(seconds), TrainOptions.from_dict(options), *(text[name] for name in CORPUS))
+    raise ValueError(f"train: the training state in {out} makes no sense, so it cannot be resumed")
+
+
+def train(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str = "byte",
+    vocab_size: int | None = None,
+    options: TrainOptions | None = None,
+    report: Reporter | None = None,
+    **shape: Any,
+) -> Result:
+    """Trains a new model on "stdlib", a text file or a folder. shape: the fields of Config but vocab_size."""
+    data = Data.load(source, tokenizer, vocab_size)
+    config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
+    options = TrainOptions() if options is None else options
+    return Trainer(make_model(config, options), data, options, out, report=report).run()
