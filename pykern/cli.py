@@ -27,6 +27,7 @@ SHAPE = {  # field of Config: (type or choices, default, help)
     "activation": (("gelu", "relu", "swiglu"), "swiglu", "inside the MLP"),
     "dropout": (float, 0.0, "share of what each half of a block adds that is dropped in training"),
 }
+SWITCHES = {"untied_head": "own weights for the head", "qk_norm": "normalise every head's query and key"}
 OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "steps": (int, "updates of the weights (default 1500, unless --minutes is given)"),
     "minutes": (float, "stop after this much training"),
@@ -103,7 +104,8 @@ def add_train(commands: Any) -> None:
     shape = parser.add_argument_group("shape of the model")
     for name, (kind, default, text) in SHAPE.items():
         add_flag(shape, name, kind, text, default)
-    shape.add_argument("--untied-head", action="store_true", default=argparse.SUPPRESS, help="own weights for the head")
+    for name, text in SWITCHES.items():
+        shape.add_argument(flag(name), action="store_true", default=argparse.SUPPRESS, help=text)
     training = parser.add_argument_group("training")
     for name, (kind, text) in OPTIONS.items():
         add_flag(training, name, kind, text, None if name in ("steps", "minutes") else getattr(TrainOptions(), name))
@@ -116,7 +118,7 @@ def resumed(arguments: argparse.Namespace, changes: dict[str, Any]) -> Any:
     from pykern.lm.model import expected_tensors
     from pykern.lm.trainer import Trainer, read_state
 
-    fixed = given(arguments, [*SHAPE, "untied_head", "tokenizer", "vocab_size"])
+    fixed = given(arguments, [*SHAPE, *SWITCHES, "tokenizer", "vocab_size"])
     if fixed:
         raise ValueError(f"{flag(next(iter(fixed)))} is fixed by the checkpoint that --resume continues")
     loaded = load_checkpoint(arguments.out, expected=expected_tensors)
@@ -139,7 +141,7 @@ def started(arguments: argparse.Namespace, changes: dict[str, Any]) -> Any:
         changes["steps"] = None
     options = TrainOptions(**changes)
     shape = {name: default for name, (_, default, _) in SHAPE.items()} | given(arguments, list(SHAPE))
-    shape["tied_head"] = not hasattr(arguments, "untied_head")
+    shape |= {"tied_head": not hasattr(arguments, "untied_head"), "qk_norm": hasattr(arguments, "qk_norm")}
     Config(vocab_size=1, **shape)  # a bad shape is refused before any text is read
     data = Data.load(arguments.data, getattr(arguments, "tokenizer", "byte"), getattr(arguments, "vocab_size", None))
     config = Config(vocab_size=data.tokenizer.vocab_size, **shape)

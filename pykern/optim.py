@@ -26,7 +26,7 @@ class AdamW(torch.optim.Optimizer):
     float32, float64, bfloat16 or float16 parameters. The moments are float32 (float64 for float64); a 16-bit parameter
     is the rounded copy of a float32 master weight, so that steps too small for 16 bits still add up. max_norm scales
     all gradients so that their joint norm is at most max_norm; `grad_norm` is the norm, before scaling, that the last
-    step saw.
+    step saw; when it is not finite, step() raises FloatingPointError and changes nothing.
     """
 
     def __init__(
@@ -80,6 +80,8 @@ class AdamW(torch.optim.Optimizer):
         grad_scale = 1.0
         if self.max_norm is not None:
             self.grad_norm = gradient_norm(with_grad)
+            if not torch.isfinite(self.grad_norm):
+                raise FloatingPointError(f"AdamW: the norm of the gradients is {float(self.grad_norm)}")
             grad_scale = min(1.0, self.max_norm / (float(self.grad_norm) + 1e-6))
         for group in self.param_groups:
             beta1, beta2 = group["betas"]

@@ -108,12 +108,12 @@ def test_every_option_reaches_the_run(folder, tmp_path):
     }
     assert set(shape) == set(SHAPE) and set(options) == set(OPTIONS) == set(TrainOptions().to_dict())
     flags = [text for name, value in (shape | options).items() for text in ("--" + name.replace("_", "-"), str(value))]
-    tokenizer = ["--tokenizer", "bpe", "--vocab-size", "270", "--untied-head"]
+    tokenizer = ["--tokenizer", "bpe", "--vocab-size", "270", "--untied-head", "--qk-norm"]
     out = tmp_path / "out"
     assert main(["train", "--data", str(folder / "text.txt"), "--out", str(out), *flags, *tokenizer]) == 0
     assert json.loads((out / "training.json").read_text())["options"] == options
     loaded = Transformer.load(out).config
-    assert loaded == Config(vocab_size=Tokenizer.load(out).vocab_size, tied_head=False, **shape)
+    assert loaded == Config(vocab_size=Tokenizer.load(out).vocab_size, tied_head=False, qk_norm=True, **shape)
     assert Tokenizer.load(out).kind == "bpe" and loaded.vocab_size <= 270
 
 

@@ -27,6 +27,7 @@ REFUSED_FIELDS = {
     "unknown norm": ("norm", "batchnorm"),
     "unknown activation": ("activation", "gelu_tanh"),
     "tied head as integer": ("tied_head", 1),
+    "qk_norm as text": ("qk_norm", "yes"),
     "dropout of one": ("dropout", 1.0),
     "dropout NaN": ("dropout", math.nan),
     "dropout negative": ("dropout", -0.1),

@@ -21,6 +21,7 @@ SHAPES = {
     "sinusoidal": {"positions": "sinusoidal", "n_kv_head": 1},
     "alibi": {"positions": "alibi", "norm": "rmsnorm"},
     "t5": {"positions": "t5"},
+    "qk_norm": {"positions": "rope", "qk_norm": True, "n_kv_head": 2},
 }
 
 
@@ -75,6 +76,8 @@ def reference(model, ids):
         h = f"transformer.h.{layer}."
         q, k, v = linear(norm(x, h + "ln_1"), h + "attn.c_attn").split((c.n_embd, c.kv_heads * D, c.kv_heads * D), -1)
         q, k, v = (t.view(B, T, -1, D).transpose(1, 2) for t in (q, k, v))
+        if c.qk_norm:
+            q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
         if c.positions == "rope":
             angle = torch.tensor(
                 [[t / 10000 ** (2 * i / D) for i in range(D // 2)] for t in range(T)], dtype=torch.float64

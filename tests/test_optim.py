@@ -142,6 +142,20 @@ def test_takes_over_from_torch_and_back():
         torch.testing.assert_close(a, b, **CLOSE[torch.float64])
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_norm_that_is_not_finite_changes_nothing(bad):
+    params = parameters()
+    optimizer = AdamW(params, max_norm=1.0, **OPTIONS)
+    run(optimizer, params, 2)
+    before = [p.detach().clone() for p in params]
+    set_gradients(params, 2)
+    params[1].grad[0] = bad
+    with pytest.raises(FloatingPointError, match=f"norm of the gradients is {bad}"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert {state["step"] for state in optimizer.state.values()} == {2}
+
+
 def test_parameters_without_gradient_are_left_alone():
     params = parameters()
     before = params[1].detach().clone()

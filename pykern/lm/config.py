@@ -49,6 +49,7 @@ class Config:
     """Shape of a Transformer LM. Every field is checked: ValueError names the one that is wrong.
 
     n_kv_head=None means n_head. "gelu" is GPT-2's tanh form. "swiglu" has three matrices instead of two.
+    qk_norm brings every head's query and key to root mean square 1, without a weight, before it is rotated.
     """
 
     n_layer: int
@@ -61,6 +62,7 @@ class Config:
     norm: str = "layernorm"
     activation: str = "gelu"
     tied_head: bool = True
+    qk_norm: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -78,8 +80,9 @@ class Config:
             raise ValueError(f"Config: positions 'rope' needs an even head size, n_embd / n_head is {self.head_size}")
         if self.positions == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"Config: positions 'sinusoidal' needs an even n_embd, got {self.n_embd}")
-        if not isinstance(self.tied_head, bool):
-            raise ValueError(f"Config: tied_head must be true or false, got {_shown(self.tied_head)}")
+        for name in ("tied_head", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Config: {name} must be true or false, got {_shown(getattr(self, name))}")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)):
             raise ValueError(f"Config: dropout must be a number, got {_shown(self.dropout)}")
         if not (0.0 <= self.dropout < 1.0 and isfinite(self.dropout)):

@@ -41,6 +41,7 @@ class Body(torch.nn.Module):
                 norm=config.norm,
                 activation=ACTIVATIONS[config.activation],
                 bias=config.has_bias,
+                qk_norm=config.qk_norm,
                 dropout=config.dropout,
                 **place,
             )

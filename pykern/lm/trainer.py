@@ -255,7 +255,7 @@ class Trainer:
         tokens_per_second = self.options.batch_size * self.model.config.block_size / self._seconds_per_step
         return Status(
             step=self.step,
-            steps=self.options.steps if self.options.minutes is None else None,
+            steps=self.options.steps,
             fraction=self.fraction,
             loss=row["loss"],
             lr=row["lr"],
