@@ -314,10 +314,9 @@ def test_probabilities_after_top_k_and_top_p():
     assert kept(top_p=0.7) == {1: 0.6667, 3: 0.3333}
     assert kept(top_p=0.8) == {1: 0.5556, 3: 0.2778, 2: 0.1667}
     assert kept(top_p=1.0) == kept()
-    # exact powers of two: reaching p exactly is enough
-    halves = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    p, _ = Sampler(top_p=0.5).probabilities(halves)
-    assert p[0].tolist() == [1.0, 0.0, 0.0]
+    # exact quarters: reaching p exactly is enough
+    p, _ = Sampler(top_p=0.5).probabilities(torch.zeros(1, 4))
+    assert p[0].tolist() == [0.5, 0.5, 0.0, 0.0]
     # of the two most likely, 0.6667 alone reaches 0.6
     assert kept(top_k=2, top_p=0.6) == {1: 1.0}
 
