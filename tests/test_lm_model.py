@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pykern.lm import Config, KVCache, Sampler, Session, Transformer, generate
+from pykern.lm.model import expected_tensors
 from pykern.lm.positions import alibi, alibi_slopes, rotary, sinusoids, t5_buckets
 
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "t5", "none")
@@ -413,6 +414,16 @@ def test_bfloat16_survives_saving(tmp_path):
     model.save(tmp_path)
     for a, b in zip(model.parameters(), Transformer.load(tmp_path).to(torch.bfloat16).parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_expected_tensors_are_the_parameters(shape):
+    model = make(**SHAPES[shape] | {"n_layer": 3})
+    expected = expected_tensors(model.config)
+    assert {name: value.shape for name, value in expected.items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+    assert all(value.device.type == "meta" for value in expected.values())
 
 
 def test_loading_what_does_not_fit(tmp_path):
