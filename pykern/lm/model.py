@@ -66,7 +66,8 @@ class Transformer(torch.nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.transformer = Body(config, place)
         self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, config.vocab_size, bias=False, **place)
-        self.init_weights()
+        if self.device.type != "meta":
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, residual: str = "scaled", generator: torch.Generator | None = None) -> None:

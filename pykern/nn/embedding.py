@@ -27,6 +27,10 @@ class Embedding(torch.nn.Embedding):
             raise ValueError(f"Embedding: padding_idx is {padding_idx} but there are {num_embeddings} rows")
         super().__init__(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # drawing no numbers at all takes torch two seconds the first time
+            super().reset_parameters()
+
     def forward(self, ids: Tensor) -> Tensor:
         out = ops.embedding(self.weight, ids)
         if self.padding_idx is None:
