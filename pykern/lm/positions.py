@@ -17,9 +17,10 @@ def angles(start: int, length: int, pairs: int, base: float, device: torch.devic
 
 
 def rotary(start: int, length: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The (cos, sin) of pykern.rope, each [length, head_size / 2], in like's dtype."""
+    """The (cos, sin) of pykern.rope, each [length, head_size / 2] float32 (float64 when like is)."""
     angle = angles(start, length, head_size // 2, ROTARY_BASE, like.device)
-    return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def sinusoids(start: int, length: int, width: int, like: Tensor) -> Tensor:
