@@ -43,10 +43,10 @@ class Scale(Module):
         inputs.floats("Scale", a=a)
 
     def forward(self, a: np.ndarray) -> np.ndarray:
-        return a * self.factor
+        return np.multiply(a, self.factor, dtype=a.dtype)
 
     def backward(self, in_tensors: tuple, out_tensor: np.ndarray, out_gradient: np.ndarray) -> np.ndarray:
-        return out_gradient * self.factor
+        return np.multiply(out_gradient, self.factor, dtype=out_gradient.dtype)
 
 
 class Sum(Module):

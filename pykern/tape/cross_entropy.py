@@ -24,7 +24,7 @@ class Loss(Module):
 
     def reduce(self, losses: np.ndarray, n: int) -> np.ndarray:
         """The loss from those of the rows, n of which count; a mean over none is 0."""
-        self.share = 1 / max(n, 1) if self.reduction == "mean" else 1.0
+        self.share = losses.dtype.type(1 / max(n, 1) if self.reduction == "mean" else 1)
         return losses if self.reduction == "none" else losses.sum() * self.share
 
     def row_gradients(self, out_gradient: np.ndarray, shape: tuple) -> np.ndarray:

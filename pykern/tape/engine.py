@@ -135,8 +135,10 @@ class Module:
     def receive(self, gradient: np.ndarray) -> None:
         """Add into out_gradient; always a fresh array, because one gradient may go to several inputs."""
         node = self.application
-        before = 0 if node._out_gradient is None else node._out_gradient
-        node._out_gradient = np.asarray(before + gradient, order="C")
+        if node._out_gradient is not None:
+            gradient = node._out_gradient + gradient
+        is_float = node.out_tensor.dtype.kind == "f"
+        node._out_gradient = np.array(gradient, node.out_tensor.dtype if is_float else np.float64, order="C")
 
     def seed(self) -> np.ndarray:
         """out_gradient, which is 1 for a scalar that has none yet: d loss / d loss."""
