@@ -8,16 +8,26 @@ from torch import Tensor
 
 from pykern.ops.adamw import adamw_
 
+ROW = 4096  # elements: below what torch shares between threads
 MOMENTS = ("exp_avg", "exp_avg_sq", "master")
 
 
+def fixed_norm(x: Tensor) -> Tensor:
+    """The Euclidean norm of x in the same bits for any thread count: torch splits one long sum, but not a short row."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x = x.flatten()
+    while x.numel() > ROW:
+        whole = x.numel() // ROW * ROW
+        rows = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1, dtype=dtype)
+        tail = torch.linalg.vector_norm(x[whole:], dtype=dtype)
+        x = torch.cat((rows, tail[None]))
+    return torch.linalg.vector_norm(x, dtype=dtype)
+
+
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, a float32 scalar (float64 when a gradient is)."""
-    norms = [
-        torch.linalg.vector_norm(p.grad, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-        for p in parameters
-    ]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])) if norms else torch.zeros(())
+    """The Euclidean norm of all gradients together, a scalar on the first one's device."""
+    norms = [fixed_norm(p.grad) for p in parameters if p.grad is not None]
+    return fixed_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
 
 
 class AdamW(torch.optim.Optimizer):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pykern
 from pykern.lm import Config, Data, Tokenizer, Trainer, TrainOptions, Transformer, evaluate, train
 from pykern.lm.corpus import Corpus
 from pykern.lm.plot import COLUMNS, LossLog, column, plot, read_rows, smoothed
@@ -129,6 +130,23 @@ def test_same_seed_same_run(tmp_path):
         make_trainer(tmp_path / name).run()
     make_trainer(tmp_path / "c", changed(seed=4)).run()
     assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_thread_count_changes_nothing(tmp_path):
+    """1, 2 and 3 threads, of torch and so of the kernels: the same losses and weights, bit for bit."""
+    options = changed(steps=3, batch_size=16, clip=0.1)
+    before, trainers = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert pykern.get_num_threads() == threads
+            trainers.append(make_trainer(tmp_path / str(threads), options, n_embd=128, block_size=32))
+            trainers[-1].run()
+    finally:
+        torch.set_num_threads(before)
+    assert losses(tmp_path / "1") == losses(tmp_path / "2") == losses(tmp_path / "3")
+    for other in trainers[1:]:
+        assert_same(weights(trainers[0]), weights(other))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

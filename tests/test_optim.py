@@ -1,11 +1,12 @@
 """pykern.optim.AdamW against torch.optim.AdamW, and what it adds: clipping in the same pass, master weights."""
 
 import copy
+import math
 
 import pytest
 import torch
 
-from pykern.optim import AdamW
+from pykern.optim import AdamW, fixed_norm
 
 OPTIONS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 CLOSE = {
@@ -140,6 +141,22 @@ def test_takes_over_from_torch_and_back():
     run(ours, params, 1, first=6)
     for a, b in zip(params, theirs, strict=True):
         torch.testing.assert_close(a, b, **CLOSE[torch.float64])
+
+
+@pytest.mark.parametrize("n", [1, 4096, 4097, 1_000_003])
+def test_norm_has_the_same_bits_for_any_thread_count(n):
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    try:
+        norms = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            norms.append(fixed_norm(x).item())
+    finally:
+        torch.set_num_threads(before)
+    assert norms[0] == norms[1] == norms[2] == pytest.approx(x.double().norm().item(), rel=1e-6)
+    exact = math.sqrt(math.fsum(v * v for v in x.tolist()))
+    assert fixed_norm(x.double()).item() == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
