@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import select
 import signal
 import threading
 import time
@@ -11,56 +10,13 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_training import OPTIONS, SHAPE, TEXT, assert_same, changed, losses, make_data, make_trainer, weights
 
 import pykern
-from pykern.lm import Config, Data, Tokenizer, Trainer, TrainOptions, Transformer, evaluate, train
-from pykern.lm.corpus import Corpus
-from pykern.lm.plot import COLUMNS, LossLog, column, plot, read_rows, smoothed
-from pykern.lm.progress import Lines, Status, duration, peak_gflops, reporter
+from pykern.lm import Config, Tokenizer, Trainer, Transformer, evaluate, train
+from pykern.lm.checkpoint import load_checkpoint, save_checkpoint
+from pykern.lm.plot import COLUMNS, LossLog
 from pykern.lm.trainer import interruptible, make_model, make_optimizer, read_state
-
-SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
-OPTIONS = TrainOptions(
-    steps=12,
-    batch_size=4,
-    lr=1e-2,
-    warmup=2,
-    schedule="linear",
-    eval_every=5,
-    eval_tokens=200,
-    checkpoint_every=4,
-    seed=3,
-)
-TEXT = "".join(f"def f{i % 7}(x):\n    return x + {i % 5}\n\n\n" for i in range(150))
-
-
-def make_data(text=TEXT, sha256="0" * 64):
-    cut = len(text) * 9 // 10
-    corpus = Corpus(train_texts=(text[:cut],), val_texts=(text[cut:],), sha256=sha256, description="functions")
-    return Data.encode(corpus, Tokenizer.train("byte"))
-
-
-def make_trainer(out, options=OPTIONS, data=None, **shape):
-    config = Config(vocab_size=256, **SHAPE | shape)
-    return Trainer(make_model(config, options), make_data() if data is None else data, options, out)
-
-
-def changed(**changes):
-    return TrainOptions(**OPTIONS.to_dict() | changes)
-
-
-def losses(out):
-    return column(read_rows(out / "loss.csv"), "loss")[1]
-
-
-def weights(trainer):
-    return {name: value.clone() for name, value in trainer.weights().items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_it_learns(tmp_path):
@@ -259,26 +215,6 @@ def test_weight_decay_is_for_matrices_only():
         assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
 
 
-# ---- schedule
-
-
-def test_learning_rate():
-    linear = TrainOptions(steps=100, lr=1.0, final_lr=0.0, warmup=9, schedule="linear")
-    assert linear.learning_rate(0) == pytest.approx(0.1)
-    assert linear.learning_rate(9) == pytest.approx(0.91)
-    assert linear.learning_rate(50) == pytest.approx(0.5)
-    assert linear.learning_rate(100) == pytest.approx(0.0)
-    cosine = TrainOptions(steps=100, lr=2.0, final_lr=0.1, warmup=0)
-    assert cosine.learning_rate(0) == pytest.approx(2.0)
-    assert cosine.learning_rate(50) == pytest.approx(1.1)
-    assert cosine.learning_rate(100) == pytest.approx(0.2)
-    assert TrainOptions(steps=10, lr=3.0, warmup=0, schedule="constant").learning_rate(9) == 3.0
-    clock = TrainOptions(steps=None, minutes=2.0, lr=1.0, final_lr=0.0, warmup=0, schedule="linear")
-    assert clock.learning_rate(7, seconds=90.0) == pytest.approx(0.25)
-    both = TrainOptions(steps=10, minutes=1.0)
-    assert both.fraction(5, 15.0) == 0.5 and both.fraction(5, 45.0) == 0.75 and both.fraction(20, 0.0) == 1.0
-
-
 def test_clock_ends_a_run(tmp_path):
     result = make_trainer(tmp_path, changed(steps=None, minutes=0.4 / 60)).run()
     assert result.seconds >= 0.4 and not result.interrupted and result.evaluation is not None
@@ -339,106 +275,6 @@ def test_training_in_a_thread_leaves_signals_alone(tmp_path):
     assert results[0].step == 12
 
 
-# ---- what is told
-
-
-def status(**changes):
-    values = {
-        "step": 250,
-        "steps": 1500,
-        "fraction": 1 / 6,
-        "loss": 2.013,
-        "lr": 1e-3,
-        "grad_norm": 0.84,
-        "tokens_per_second": 25300.0,
-        "gflops": 141.0,
-        "peak_gflops": 231.0,
-        "eta_seconds": 101.0,
-    }
-    return Status(**values | changes)
-
-
-def test_status_line():
-    assert str(status()) == (
-        "step 250/1500 (16.7%) | loss 2.0130 | lr 1.00e-03 | gnorm 0.84 | 25,300 tok/s | "
-        "141 GFLOP/s (61% of peak) | eta 1m41s"
-    )
-    assert str(status(steps=None)).startswith("step 250 (16.7%)")
-    assert [duration(s) for s in (9.4, 101, 7380)] == ["9s", "1m41s", "2h03m"]
-
-
-def test_lines_show_the_first_and_the_last_and_few_between(tmp_path):
-    with (tmp_path / "log").open("w") as file:
-        assert isinstance(reporter(file), Lines)
-        lines = Lines(file)
-        for step in range(1, 6):
-            lines.status(status(step=step))
-        lines.note("done")
-        lines.close()
-    assert [line.split(" ")[1] for line in (tmp_path / "log").read_text().splitlines()[:2]] == ["1/1500", "5/1500"]
-    assert (tmp_path / "log").read_text().splitlines()[2:] == ["done"]
-
-
-def test_bar_on_a_terminal():
-    """A pseudo-terminal gets a bar that shows the status, and notes as they are."""
-    pty = pytest.importorskip("pty")
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal:
-        bar = reporter(terminal)
-        assert not isinstance(bar, Lines)
-        bar.status(status())
-        bar.note("a [note] in brackets")
-        bar.close()
-    shown = b""
-    while b"step 250/1500 | loss 2.013" not in shown:  # a terminal hands over its output in pieces
-        assert select.select([master], [], [], 10.0)[0], shown
-        shown += os.read(master, 1 << 16)
-    os.close(master)
-    assert b"eta 1m41s" in shown and b"a [note] in brackets" in shown
-
-
-def test_run_reports(tmp_path):
-    class Record:
-        def __init__(self):
-            self.statuses, self.notes, self.closed = [], [], 0
-
-        def status(self, status):
-            self.statuses.append(status)
-
-        def note(self, line):
-            self.notes.append(line)
-
-        def close(self):
-            self.closed += 1
-
-    record = Record()
-    trainer = make_trainer(tmp_path)
-    trainer.report = record
-    trainer.run()
-    assert [s.step for s in record.statuses] == list(range(1, 13)) and record.closed == 1
-    assert record.statuses[-1].eta_seconds == 0.0 and record.statuses[-1].fraction == 1.0
-    last = record.statuses[-1]
-    assert last.gflops == pytest.approx(last.tokens_per_second * trainer.model.config.training_flops_per_token() / 1e9)
-    assert any("bits per byte" in line for line in record.notes) and "functions" in record.notes[0]
-
-
-def test_peak_is_a_rate():
-    assert 0.1 < peak_gflops(torch.float32) < 1e6
-
-
-def test_smoothed_is_a_running_mean():
-    values = [float(i) for i in range(120)]
-    got = smoothed(values)
-    assert got[0] == 0.0 and got[3] == 1.5 and got[119] == sum(values[70:]) / 50
-
-
-def test_plot_with_a_baseline(tmp_path):
-    make_trainer(tmp_path).run()
-    plot(tmp_path / "loss.csv", tmp_path / "other.png", title="a title", baselines={"5-gram": 2.0})
-    assert (tmp_path / "other.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "other.png").read_bytes() != (tmp_path / "loss.png").read_bytes()
-
-
 # ---- the whole in one call
 
 
@@ -453,8 +289,6 @@ def test_train_function(tmp_path):
 
 def folder_with(tmp_path, change):
     """A checkpoint whose training state went through `change`."""
-    from pykern.lm.checkpoint import load_checkpoint, save_checkpoint
-
     make_trainer(tmp_path).run()
     loaded = load_checkpoint(tmp_path)
     values = {
@@ -538,27 +372,3 @@ def test_nan_loss_stops_before_the_weights_change(tmp_path):
         trainer.train_step()
     for name, value in weights(trainer).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": None}, "nothing would end the run"),
-        ({"steps": 1.5}, "steps is 1.5"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"lr": math.nan}, "lr is nan"),
-        ({"minutes": math.inf}, "minutes is inf"),
-        ({"minutes": 0.0}, "minutes must be above 0"),
-        ({"beta2": 1.0}, "below 1"),
-        ({"final_lr": 2.0}, "final_lr is 2.0"),
-        ({"seed": -1}, "seed is -1"),
-        ({"schedule": "step"}, "schedule is 'step'"),
-        ({"dtype": "float16"}, "dtype is 'float16'"),
-        ({"residual_init": "one"}, "residual_init is 'one'"),
-    ],
-)
-def test_option_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        changed(**changes)
