@@ -58,7 +58,7 @@ static inline VecF exp(VecF x) {
   r = fma(n, VecF::splat(-1.42860677e-6f), r);
   const VecF p = fma(r * r, polynomial(r, q), r) + VecF::splat(1.0f);
 #if defined(__AVX512F__)
-  return {(VecF::Reg)_mm512_scalef_ps((__m512)p.r, (__m512)n.r)};
+  return scale_exponent(p, n);
 #else
   return scale_by_power(p, n);
 #endif

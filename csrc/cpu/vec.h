@@ -128,6 +128,13 @@ static inline VecD fma(VecD a, VecD b, VecD c) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// x 2^n for integral n, right also below the normal range
+static inline VecF scale_exponent(VecF x, VecF n) {
+  return {(VecF::Reg)_mm512_scalef_ps((__m512)x.r, (__m512)n.r)};
+}
+#endif
+
 template <class C>
 static inline Vec<C> select(Mask<C> m, Vec<C> yes, Vec<C> no) {
   return {m.r ? yes.r : no.r};
