@@ -1,8 +1,9 @@
-# make demo | test | bench | lint    each sets itself up in .venv
+# make demo | test | bench | lint | format    each sets itself up in .venv
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ISAS ?=
+SOURCES = $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: all demo test bench lint format inplace clean
 all: $(VENV)/ready
@@ -24,8 +25,14 @@ test: $(VENV)/ready
 bench: $(VENV)/ready
 	$(RUN) -m benchmarks
 
-lint:
+lint: $(VENV)/ready
+	$(RUN) -m pip install -q -c constraints.txt ruff mypy clang-format
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(VENV)/ready
+	$(RUN) -m pip install -q -c constraints.txt ruff clang-format
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
 
 # Builds the extension into pykern/ for work on the kernels, with the packages that PYTHON has.
 inplace:

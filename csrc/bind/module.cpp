@@ -60,8 +60,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_threads", runtime::threads);
   m.def("set_num_threads", runtime::set_threads, py::arg("n"));
   m.def("cuda_status", runtime::cuda_status);
-  m.def("borrow_path",
-        [](py::handle array) { return Borrowed(array, "borrow_path", "array").path(); });
+  m.def(
+      "borrow_path",
+      [](py::handle array) { return Borrowed(array, "borrow_path", "array").path(); },
+      py::arg("array"));
 
 #define PYKERN_BIND(room) bind_##room(m);
   PYKERN_ROOMS(PYKERN_BIND)

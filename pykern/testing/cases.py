@@ -196,7 +196,7 @@ EMBEDDING = [
     _case(
         "embedding",
         dict(weight=_draw(50, 96), ids=_integers(50, 4, 60)),
-        lambda weight, ids: pykern.embedding(ids, weight),
+        lambda weight, ids: pykern.embedding(weight, ids),
         in_own_dtype(reference.embedding),
         lambda weight, ids: F.embedding(ids, weight),
     )
