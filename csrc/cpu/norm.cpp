@@ -156,37 +156,34 @@ struct RowBackward {
   C mean, rstd;
 };
 
+// g of n numbers, weight may be null
+template <class T, class C = Compute<T>>
+[[gnu::always_inline]] static inline Vec<C> scaled(Vec<C> dout, const T* weight, int64_t i, int n) {
+  return weight ? dout * load_n(weight + i, n) : dout;
+}
+
 template <bool centred, class T, class C = Compute<T>>
 static void backward_row(RowBackward<T> row, int64_t D) {
   using V = Vec<C>;
-  const V mean = V::splat(row.mean), rstd = V::splat(row.rstd);
-  const auto xhat_at = [&](int64_t i, int n) {
-    const V h = load_n(row.h + i, n);
-    return (centred ? h - mean : h) * rstd;
-  };
-  const auto g_at = [&](int64_t i, int n) {
-    const V dy = load_n(row.dout + i, n);
-    return row.weight ? dy * load_n(row.weight + i, n) : dy;
-  };
+  const auto [x, weight, dout, dsum, dh, dweight, dbias, mean_, rstd_] = row;
+  const V mean = V::splat(mean_), rstd = V::splat(rstd_);
 
   C sum[2];  // of g and g xhat
   sum_row(D, sum, [&](int64_t i, int n, V* t) {
-    t[0] = g_at(i, n);
-    t[1] = t[0] * xhat_at(i, n);
+    const V xhat = (load_n(x + i, n) - mean) * rstd;
+    t[0] = scaled(load_n(dout + i, n), weight, i, n);
+    t[1] = t[0] * xhat;
   });
-  const V mean_g = V::splat(sum[0] / static_cast<C>(D)),
-          mean_gx = V::splat(sum[1] / static_cast<C>(D));
+  const V mean_g = V::splat(centred ? sum[0] / static_cast<C>(D) : C(0));
+  const V mean_gx = V::splat(sum[1] / static_cast<C>(D));
 
   each_vector<C>(D, [&](int64_t i, int n) {
-    const V xhat = xhat_at(i, n);
-    V g = g_at(i, n);
-    if constexpr (centred) g = g - mean_g;
-    V dh = fma(-xhat, mean_gx, g) * rstd;
-    if (row.dsum) dh = dh + load_n(row.dsum + i, n);
-    store_n(row.dh + i, dh, n);
-    const V dy = load_n(row.dout + i, n);
-    if (row.dweight) store_n(row.dweight + i, fma(dy, xhat, load_n(row.dweight + i, n)), n);
-    if (row.dbias) store_n(row.dbias + i, load_n(row.dbias + i, n) + dy, n);
+    const V xhat = (load_n(x + i, n) - mean) * rstd, dy = load_n(dout + i, n);
+    V dx = fma(-xhat, mean_gx, scaled(dy, weight, i, n) - mean_g) * rstd;
+    if (dsum) dx = dx + load_n(dsum + i, n);
+    store_n(dh + i, dx, n);
+    if (dweight) store_n(dweight + i, fma(dy, xhat, load_n(dweight + i, n)), n);
+    if (dbias) store_n(dbias + i, load_n(dbias + i, n) + dy, n);
   });
 }
 

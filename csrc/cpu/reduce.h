@@ -38,7 +38,10 @@ static inline Vec<C> first_lanes(Vec<C> v, int n) {
 template <template <class> class Sum = Plain, int K, class C, class Terms>
 static inline void sum_row(int64_t length, C (&total)[K], const Terms& terms) {
   using V = Vec<C>;
-  Sum<C> chain[kChains][K] = {};
+  Sum<C> chain[kChains][K];
+#pragma GCC unroll 4
+  for (int c = 0; c < kChains; ++c)
+    for (int k = 0; k < K; ++k) chain[c][k] = Sum<C>{};
   int64_t i = 0;
   for (; i + kChains * V::lanes <= length; i += kChains * V::lanes) {
 #pragma GCC unroll 4

@@ -271,15 +271,40 @@ static inline void store(f16* p, VecF v) {
 // The first n lanes, n < lanes: memory behind them is neither read nor written; lanes are 0.
 template <class T>
 static inline Vec<Compute<T>> load(const T* p, int n) {
+#if defined(__AVX512F__)
+  const unsigned on = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    return {(VecD::Reg)_mm512_maskz_loadu_pd(on, p)};
+  } else if constexpr (sizeof(T) == 4) {
+    return {(VecF::Reg)_mm512_maskz_loadu_ps(on, p)};
+  } else {
+    const __m256i half = _mm256_maskz_loadu_epi16(on, p);
+    return load(reinterpret_cast<const T*>(&half));
+  }
+#else
   T buffer[Vec<Compute<T>>::lanes] = {};
   memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
+#endif
 }
 template <class T>
 static inline void store(T* p, Vec<Compute<T>> v, int n) {
+#if defined(__AVX512F__)
+  const unsigned on = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_pd(p, on, (__m512d)v.r);
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_ps(p, on, (__m512)v.r);
+  } else {
+    __m256i half;
+    store(reinterpret_cast<T*>(&half), v);
+    _mm256_mask_storeu_epi16(p, on, half);
+  }
+#else
   T buffer[Vec<Compute<T>>::lanes];
   store(buffer, v);
   memcpy(p, buffer, n * sizeof(T));
+#endif
 }
 
 // ---- lane i of the result is on when bit first + i of word is
