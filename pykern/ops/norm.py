@@ -4,7 +4,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
 
@@ -77,7 +76,6 @@ class _LayerNorm(torch.autograd.Function):
         return out, total, mean, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dsum, _dmean, _drstd):
         h, weight, mean, rstd = ctx.saved_tensors
         _, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
@@ -142,7 +140,6 @@ class _RMSNorm(torch.autograd.Function):
         return out, total, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dsum, _drstd):
         h, weight, rstd = ctx.saved_tensors
         _, wants_weight, wants_residual, _ = ctx.needs_input_grad

@@ -1,0 +1,382 @@
+"""layer_norm, rms_norm: formula, gradients, residual, odd shapes and strides, same bits, torch, refusals."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pykern
+from pykern import _C
+from pykern.testing import assert_bitwise, assert_close, ratios, reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPS = ("layer_norm", "rms_norm")
+
+# Vectors hold 2 to 16 numbers and sums use four of them at a time: a tail alone, some vectors and a tail, four exactly,
+# the width of a small GPT, an odd width, a row that no first-level cache holds.
+SHAPES = [(1,), (7,), (3, 33), (2, 3, 64), (5, 768), (2, 1023), (2, 20001), (300, 5)]
+
+
+def draw(*shape, dtype=torch.float64, seed=0, spread=1.0, offset=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (offset + spread * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def inputs(op, *shape, dtype=torch.float64, residual=False):
+    """The tensors of op by argument name."""
+    D = shape[-1]
+    tensors = dict(x=draw(*shape, dtype=dtype, spread=2.0, offset=0.5), weight=draw(D, dtype=dtype, seed=1, offset=1.0))
+    if op == "layer_norm":
+        tensors["bias"] = draw(D, dtype=dtype, seed=2)
+    if residual:
+        tensors["residual"] = draw(*shape, dtype=dtype, seed=3)
+    return tensors
+
+
+def call(op, x, residual=None, **tensors):
+    return getattr(pykern, op)(x, *tensors.values(), residual=residual)
+
+
+def formula(op, x, residual=None, **tensors):
+    bias = () if op == "rms_norm" else (tensors.get("bias"),)
+    return getattr(reference, op)(x, tensors.get("weight"), *bias, residual=residual)
+
+
+def gradients(function, op, tensors, dout):
+    """Output and gradients by name, for leaf copies of the tensors."""
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    out = function(op, **leaves)
+    return out.detach(), dict(
+        zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype)), strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_is_its_formula(op, dtype):
+    for shape in SHAPES:
+        tensors, dout = inputs(op, *shape, dtype=dtype), draw(*shape, dtype=dtype, seed=4)
+        out, got = gradients(call, op, tensors, dout)
+        expected, wanted = gradients(formula, op, {n: x.double() for n, x in tensors.items()}, dout)
+        assert out.dtype == dtype
+        assert_close(out, expected, name=f"{op} {shape}")
+        # terms of dx of a narrow row cancel: the scale is that of a term, weight * dout / sqrt(variance)
+        scale = max(wanted["x"].abs().max().item(), 1.0)
+        for name in tensors:
+            assert_close(
+                got[name],
+                wanted[name],
+                name=f"{op} {shape} d{name}",
+                gradient=True,
+                scale=scale if name == "x" else None,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_residual_is_the_sum_normalised_and_returned(op, dtype):
+    """To the bit: the kernel rounds x + residual as torch does and normalises what it rounded."""
+    tensors = inputs(op, 6, 37, dtype=dtype, residual=True)
+    out, h = call(op, **tensors)
+    assert_bitwise(h, tensors["x"] + tensors["residual"], name="h")
+    alone = dict(tensors, x=h)
+    del alone["residual"]
+    assert_bitwise(out, call(op, **alone), name="normed")
+
+
+@pytest.mark.parametrize("used", ["both", "normed", "sum"])
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_reach_x_and_residual_through_both_results(op, used):
+    def loss(function):
+        leaves = {n: t.clone().requires_grad_() for n, t in inputs(op, 4, 9, residual=True).items()}
+        x, residual = leaves["x"], leaves["residual"]
+        if function is call:
+            out, h = call(op, **leaves)
+        else:
+            out, h = formula(op, **leaves), x + residual
+        total = 0.0
+        if used != "sum":
+            total = total + (out * draw(4, 9, seed=5)).sum()
+        if used != "normed":
+            total = total + (h * h * draw(4, 9, seed=6)).sum()
+        total.backward()
+        return leaves
+
+    got, wanted = loss(call), loss(formula)
+    for name in got:
+        if used == "sum" and name in ("weight", "bias"):
+            assert got[name].grad is None or not got[name].grad.any()
+        else:
+            assert_close(got[name].grad, wanted[name].grad, name=f"d{name}", gradient=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradcheck(op):
+    tensors = {n: t.requires_grad_() for n, t in inputs(op, 3, 11, residual=True).items()}
+    names = list(tensors)
+    assert torch.autograd.gradcheck(lambda *a: call(op, **dict(zip(names, a, strict=True))), tuple(tensors.values()))
+    x = draw(3, 5).requires_grad_()
+    assert torch.autograd.gradcheck(getattr(pykern, op), (x,))  # no parameters
+
+
+@pytest.mark.parametrize("dtype", ratios.DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_ratio_rule(op, dtype):
+    ratios.assert_ratio(op, dtype)
+
+
+def test_large_common_offset_costs_no_accuracy():
+    """The second pass corrects the mean: as good as float64 arithmetic on the rounded numbers."""
+    x = draw(20, 768, dtype=torch.float32, offset=3e4)
+    out = pykern.layer_norm(x)
+    exact = reference.layer_norm(x, None, None)
+    torch_error = (torch.nn.functional.layer_norm(x, (768,)).double() - exact).abs().max()
+    error = (out.double() - exact).abs().max()
+    # one rounding of the mean, 2^-24 * 3e4 = 1.8e-3 in units of the spread, is all that float32 statistics can keep
+    assert error <= 2**-24 * 3e4 + 1e-6 and error <= 1.1 * torch_error, (error, torch_error)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_parameters_stay_exact_over_many_rows(op):
+    """float32 sums of 30000 rows: to a few roundings, where a running float32 sum loses two digits."""
+    tensors, dout = inputs(op, 30000, 5, dtype=torch.float32), 1 + draw(30000, 5, dtype=torch.float32, seed=4)
+    _, got = gradients(call, op, tensors, dout)
+    _, wanted = gradients(formula, op, {n: x.double() for n, x in tensors.items()}, dout)
+    for name in set(tensors) - {"x"}:
+        error = ((got[name].double() - wanted[name]) / wanted[name].abs().max()).abs().max()
+        assert error < 4 * 2**-24, (name, error)
+
+
+@pytest.mark.parametrize("parameters", [(), ("weight",), ("bias",)])
+def test_without_parameters(parameters):
+    tensors = {n: t for n, t in inputs("layer_norm", 4, 19).items() if n in ("x", *parameters)}
+
+    def layer_norm(op, x, weight=None, bias=None):
+        return pykern.layer_norm(x, weight, bias)
+
+    out, got = gradients(layer_norm, "layer_norm", tensors, draw(4, 19, seed=4))
+    expected, wanted = gradients(formula, "layer_norm", tensors, draw(4, 19, seed=4))
+    assert_close(out, expected, name="out")
+    for name in tensors:
+        assert_close(got[name], wanted[name], name=f"d{name}", gradient=True)
+
+
+@given(
+    rows=st.integers(0, 5),
+    columns=st.integers(0, 70),
+    dtype=st.sampled_from(DTYPES),
+    op=st.sampled_from(OPS),
+    view=st.sampled_from(["packed", "row gaps", "transposed", "column steps", "expanded", "offset"]),
+    seed=st.integers(0, 9),
+)
+def test_any_shape_and_strides(rows, columns, dtype, op, view, seed):
+    make = dict(
+        packed=lambda: draw(rows, columns, dtype=dtype, seed=seed),
+        transposed=lambda: draw(columns, rows, dtype=dtype, seed=seed).T,
+        expanded=lambda: draw(1, columns, dtype=dtype, seed=seed).expand(rows, columns),
+        offset=lambda: draw(rows, columns + 3, dtype=dtype, seed=seed)[:, 3:],
+    )
+    make["row gaps"] = lambda: draw(2 * rows, columns + 2, dtype=dtype, seed=seed)[::2, :columns]
+    make["column steps"] = lambda: draw(rows, 2 * columns, dtype=dtype, seed=seed)[:, ::2]
+    x, weight = make[view](), draw(2 * columns, dtype=dtype, seed=8)[::2]
+    copy = x.clone(memory_format=torch.contiguous_format)
+    out, got = gradients(call, op, dict(x=x, weight=weight), draw(rows, columns, seed=9))
+    again, same = gradients(call, op, dict(x=copy, weight=weight.clone()), draw(rows, columns, seed=9))
+    assert_bitwise(out, again, name=f"{op} of a {view} view")
+    for name in got:
+        assert_bitwise(got[name], same[name], name=f"d{name}")
+    assert out.shape == x.shape and got["weight"].shape == weight.shape
+    if rows == 0:
+        assert not got["weight"].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_same_bits_for_any_thread_count_and_neighbours(op, dtype, with_threads):
+    """5000 rows are more than a task per core of the parameter sums, and not a multiple of any block."""
+    tensors, dout = inputs(op, 5000, 21, dtype=dtype), draw(5000, 21, dtype=dtype, seed=4)
+    out, got = with_threads(1, lambda: gradients(call, op, tensors, dout))
+    for n in (2, 3):
+        again, same = with_threads(n, lambda: gradients(call, op, tensors, dout))
+        assert_bitwise(out, again, name=f"{n} threads")
+        for name in got:
+            assert_bitwise(got[name], same[name], name=f"{n} threads, d{name}")
+    row = slice(1234, 1235)
+    alone, one = gradients(call, op, dict(tensors, x=tensors["x"][row]), dout[row])
+    assert_bitwise(alone, out[row], name="a row alone")
+    assert_bitwise(one["x"], got["x"][row], name="a row alone, dx")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_nan_stays_in_its_row(op):
+    x = draw(3, 40, dtype=torch.float32)
+    clean = call(op, x)
+    x[1, 17] = math.nan
+    out = call(op, x)
+    assert out[1].isnan().all()
+    assert_bitwise(out[[0, 2]], clean[[0, 2]])
+
+
+def test_strided_output_is_written_and_nothing_else():
+    rng = np.random.default_rng(0)
+    x, buffer, stats = rng.standard_normal((4, 9)), np.full((8, 12), 7.0), np.empty((2, 4))
+    _C.layer_norm_forward(x, None, None, None, buffer[::2, 1:10], None, stats[0], stats[1], eps=1e-5)
+    assert_close(buffer[::2, 1:10], reference.layer_norm(torch.from_numpy(x), None, None), name="out")
+    assert_close(stats[0], torch.from_numpy(x).mean(-1), name="mean")
+    assert_close(stats[1], (torch.from_numpy(x).var(-1, unbiased=False) + 1e-5).rsqrt(), name="rstd")
+    buffer[::2, 1:10] = 7.0
+    assert (buffer == 7.0).all()
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck(op, residual):
+    tensors = inputs(op, 3, 5, dtype=torch.float32, residual=residual)
+    arguments = [tensors[n] for n in ("x", "weight", "bias") if n in tensors] + [tensors.get("residual"), 1e-5]
+    for grad in (False, True):
+        arguments = [a.clone().requires_grad_(grad) if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.library.opcheck(getattr(torch.ops.pykern, op).default, tuple(arguments))
+
+
+@pytest.mark.one_isa
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_compile_fullgraph(op):
+    def f(op, **tensors):
+        out, h = call(op, **tensors)
+        return out * h
+
+    tensors, dout = inputs(op, 4, 6, dtype=torch.float32, residual=True), draw(4, 6, seed=4)
+    out, eager = gradients(f, op, tensors, dout)
+    again, compiled = gradients(torch.compile(f, fullgraph=True, backend="aot_eager"), op, tensors, dout)
+    assert_bitwise(out, again)
+    for name in eager:
+        assert_bitwise(eager[name], compiled[name], name=f"d{name}")
+
+
+@pytest.mark.one_isa
+def test_checkpointing_recomputes_the_same():
+    from torch.utils.checkpoint import checkpoint
+
+    def f(op, **tensors):
+        return checkpoint(lambda t: call(op, **t), tensors, use_reentrant=False)
+
+    tensors, dout = inputs("layer_norm", 4, 9, dtype=torch.float32), draw(4, 9, seed=4)
+    _, plain = gradients(call, "layer_norm", tensors, dout)
+    _, again = gradients(f, "layer_norm", tensors, dout)
+    for name in plain:
+        assert_bitwise(plain[name], again[name], name=f"d{name}")
+
+
+@pytest.mark.one_isa
+def test_autocast_keeps_one_dtype_and_widens_mixed_ones():
+    x, weight = draw(4, 9, dtype=torch.bfloat16), draw(9, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pykern.rms_norm(x, weight.bfloat16()).dtype == torch.bfloat16
+        assert pykern.rms_norm(x.float(), weight).dtype == torch.float32
+        mixed = pykern.rms_norm(x, weight)
+        _, h = pykern.rms_norm(x, residual=x.float())
+    assert_bitwise(mixed, pykern.rms_norm(x.float(), weight))
+    assert h.dtype == torch.float32
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivative_is_refused(op):
+    x = draw(2, 3).requires_grad_()
+    (dx,) = torch.autograd.grad(call(op, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"pykern::{op} has no second derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.one_isa
+def test_refusals():
+    x, w = torch.ones(2, 3), torch.ones(3)
+    norm = pykern.layer_norm
+    cases = [
+        (lambda: norm([1.0]), TypeError, "layer_norm: x must be a torch.Tensor, got list"),
+        (lambda: norm(x, 1.0), TypeError, "layer_norm: weight must be a torch.Tensor, got float"),
+        (lambda: norm(x, w, residual=1), TypeError, "layer_norm: residual must be a torch.Tensor, got int"),
+        (lambda: pykern.rms_norm(x, [1, 1, 1]), TypeError, "rms_norm: weight must be a torch.Tensor, got list"),
+        (
+            lambda: norm(x.long()),
+            TypeError,
+            "layer_norm: x has dtype int64, expected float32, float64, bfloat16 or float16",
+        ),
+        (lambda: norm(x, w.half()), TypeError, "layer_norm: weight has dtype float16 but x has float32"),
+        (lambda: norm(x, w, w.double()), TypeError, "layer_norm: bias has dtype float64 but x has float32"),
+        (
+            lambda: norm(x, residual=x.bfloat16()),
+            TypeError,
+            "layer_norm: residual has dtype bfloat16 but x has float32",
+        ),
+        (
+            lambda: norm(torch.tensor(1.0)),
+            ValueError,
+            r"layer_norm: x must be \[..., D\] with at least one dimension, got a scalar",
+        ),
+        (
+            lambda: norm(x, torch.ones(2)),
+            ValueError,
+            r"layer_norm: weight has shape \[2\], expected D = 3 in dimension 0",
+        ),
+        (lambda: norm(x, torch.ones(1, 3)), ValueError, r"layer_norm: weight must be \[D\], got shape \[1, 3\]"),
+        (
+            lambda: norm(x, residual=torch.ones(3)),
+            ValueError,
+            r"layer_norm: residual has shape \[3\] but x has \[2, 3\]",
+        ),
+        (lambda: norm(x, eps=-1.0), ValueError, "layer_norm: eps is -1, expected a finite number of at least 0"),
+        (
+            lambda: pykern.rms_norm(x, eps=math.nan),
+            ValueError,
+            "rms_norm: eps is nan, expected a finite number of at least 0",
+        ),
+    ]
+    for refused, error, words in cases:
+        with pytest.raises(error, match=words):
+            refused()
+
+
+@pytest.mark.one_isa
+def test_refusals_of_the_extension_leave_the_outputs_alone():
+    """What a caller of _C can break: nothing is written."""
+    x = np.ones((4, 6), np.float32)
+
+    def forward(out=None, total=None, mean=None, rstd=None, residual=None, x=x):
+        arrays = dict(out=out, mean=mean, rstd=rstd)
+        for name, shape in dict(out=(4, 6), mean=(4,), rstd=(4,)).items():
+            arrays[name] = np.full(shape, 7, np.float32) if arrays[name] is None else arrays[name]
+        try:
+            _C.layer_norm_forward(
+                x, None, None, residual, arrays["out"], total, arrays["mean"], arrays["rstd"], eps=1e-5
+            )
+        finally:
+            assert arrays["out"] is x or (arrays["out"] == 7).all()
+
+    readonly = np.full((4, 6), 7, np.float32)
+    readonly.setflags(write=False)
+    sevens = np.full((8,), 7, np.float32)
+    cases = [
+        (dict(residual=x.copy()), ValueError, "layer_norm: residual is given without sum"),
+        (dict(total=x.copy()), ValueError, "layer_norm: sum is given without residual"),
+        (dict(out=x), ValueError, "layer_norm: out shares memory with x"),
+        (dict(out=readonly), ValueError, "layer_norm: out is read-only"),
+        (dict(out=np.broadcast_to(sevens[:6], (4, 6))), ValueError, "layer_norm: out is read-only"),
+        (dict(mean=np.ones(4)), TypeError, "layer_norm: mean has dtype float64, expected float32"),
+        (dict(mean=sevens), ValueError, r"layer_norm: mean has shape \[8\], expected that of x without its last"),
+        (dict(mean=sevens[::2]), ValueError, r"layer_norm: mean of shape \[4\] must be contiguous"),
+        (dict(mean=sevens[:4], rstd=sevens[2:6]), ValueError, "layer_norm: rstd shares memory with mean"),
+        (
+            dict(x=np.ones((4, 12), np.float32)[:, ::2]),
+            ValueError,
+            "layer_norm: x must have stride 1 in its last dimension, got 2",
+        ),
+    ]
+    for arguments, error, words in cases:
+        with pytest.raises(error, match=words):
+            forward(**arguments)
