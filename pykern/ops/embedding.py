@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
 
@@ -41,7 +40,6 @@ class _Embedding(torch.autograd.Function):
         return below_autograd(_embedding, weight, ids)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         (ids,) = ctx.saved_tensors
         return _embedding_grad(ids, dout, ctx.rows), None

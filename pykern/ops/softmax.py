@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
 
@@ -43,7 +42,6 @@ class _Softmax(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout):
         (out,) = ctx.saved_tensors
         return _softmax_grad(out, dout), None
