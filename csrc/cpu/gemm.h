@@ -31,21 +31,26 @@ template <class T, int R, class Epilogue>
                                         int64_t row, int64_t column, int64_t N,
                                         const Epilogue& epilogue) {
   using V = Vec<Compute<T>>;
-  V total[R][kTileVectors];
-  for (int64_t u = 0; u == 0 || u < count; u += kChunk<T>) {
-    V acc[R][kTileVectors] = {};
-    multiply_tile<T, R, kTileVectors>(count - u < kChunk<T> ? count - u : kChunk<T>,
-                                      a + u * kTileRows, 1, kTileRows, b + u * kTileColumns<T>,
-                                      kTileColumns<T>, acc);
-    for (int i = 0; i < R; ++i)
-      for (int j = 0; j < kTileVectors; ++j)
-        total[i][j] = u == 0 ? acc[i][j] : total[i][j] + acc[i][j];
+  constexpr int NV = kTileVectors, W = kTileColumns<T>;
+  V sum[R][NV] = {};
+  multiply_tile<T, R, NV>(count < kChunk<T> ? count : kChunk<T>, a, 1, kTileRows, b, W, sum);
+  if (count > kChunk<T>) {
+    V total[R][NV];
+    memcpy(total, sum, sizeof sum);
+    for (int64_t u = kChunk<T>; u < count; u += kChunk<T>) {
+      V next[R][NV] = {};
+      multiply_tile<T, R, NV>(count - u < kChunk<T> ? count - u : kChunk<T>, a + u * kTileRows, 1,
+                              kTileRows, b + u * W, W, next);
+      for (int i = 0; i < R; ++i)
+        for (int j = 0; j < NV; ++j) total[i][j] = total[i][j] + next[i][j];
+    }
+    memcpy(sum, total, sizeof sum);
   }
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < kTileVectors; ++j) {
+    for (int j = 0; j < NV; ++j) {
       const int64_t left = N - column - j * V::lanes;
       if (left > 0)
-        epilogue(row + i, column + j * V::lanes, total[i][j],
+        epilogue(row + i, column + j * V::lanes, sum[i][j],
                  left < V::lanes ? static_cast<int>(left) : V::lanes);
     }
 }

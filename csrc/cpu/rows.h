@@ -16,11 +16,11 @@ static inline int64_t row_length(const Tensor& t) { return t.rank ? t.size[t.ran
 
 static inline int64_t row_offset(const Tensor& t, int64_t row) {
   int64_t offset = 0;
-  for (int i = t.rank - 2; i >= 0; --i) {
+  for (int i = t.rank - 2; i > 0; --i) {
     offset += row % t.size[i] * t.stride[i];
     row /= t.size[i];
   }
-  return offset;
+  return t.rank > 1 ? offset + row * t.stride[0] : 0;  // no division for a matrix
 }
 
 // The row-th row, rows counted in the order of the leading dimensions.
