@@ -1,6 +1,7 @@
 """The keys and values of the tokens seen so far, so that a new token attends to them without computing them again."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class KVCache:
         """attend() of layer i, the `cache` argument of a block."""
         return partial(self.attend, i)
 
-    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Any:
         """Stores k, v [B, n_kv_head, T, head size]; causal attention of q [B, n_head, T, head size] over all keys.
 
         bias, broadcastable to [B, n_head, T, length + T], is added to the scores.

@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 def peak_gflops(dtype: torch.dtype) -> float:
-    """What the threads of the kernels reach together when they only multiply and add in dtype: the best of ten tries."""
+    """What the kernels' threads reach together when they only multiply and add in dtype: the best of ten tries."""
     sink, best = torch.empty(_C.num_threads(), dtype=dtype), 0.0
     for _ in range(10):
         start = time.perf_counter()

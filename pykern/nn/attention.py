@@ -1,5 +1,7 @@
 """Multi-head attention with the constructor, the masks and the state dict of torch.nn.MultiheadAttention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,10 +102,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         mask, bias = merge_masks(attn_mask, key_padding_mask, self.num_heads)
         if bias is not None:
             bias = bias.to(q.dtype)
-        heads = ops.attention(q, k, v, mask=mask, bias=bias, causal=causal)
+        heads: Any = ops.attention(q, k, v, mask=mask, bias=bias, causal=causal)
         out = ops.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
-        weights = None
+        weights: Any = None
         if need_weights:  # attention over the rows of the identity matrix: each output row is its own weights
             identity = torch.eye(S, dtype=v.dtype, device=v.device).expand(*v.shape[:2], S, S)
             weights = ops.attention(q, k, identity, mask=mask, bias=bias, causal=causal)

@@ -79,6 +79,7 @@ class SelfAttention(torch.nn.Module):
         q, k, v = self.heads(x)
         if rotary is not None:
             q, k = (ops.rope(y, *rotary, positions=positions) for y in (q, k))
+        out: Any
         if cache is None:
             out = ops.attention(q, k, v, mask=mask, bias=bias, causal=self.causal)
         else:
