@@ -21,9 +21,8 @@ def moved(model: Model, B: int, T: int, item: int) -> float:
 
 
 def build(model: Model, B: int, T: int, dtype: torch.dtype):
-    from pykern.optim import AdamW
-
     from pykern.lm import Config, Transformer
+    from pykern.optim import AdamW
 
     text = torch.randint(model.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0))
     ids, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
