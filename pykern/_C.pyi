@@ -150,7 +150,7 @@ def rms_norm_backward(
 ) -> None: ...
 
 # ---- softmax over the last dimension; mask bool, same shape as x after expansion, True = take part;
-#      a fully masked row is 0
+#      a fully masked row is 0; mask may have stride 0 in its last dimension: one value for a whole row
 def softmax_forward(x: Array, mask: Array | None, out: Array) -> None: ...
 def softmax_backward(out: Array, dout: Array, dx: Array) -> None: ...
 
@@ -167,7 +167,7 @@ def swiglu_backward(gate: Array, up: Array, dout: Array, dgate: Array, dup: Arra
 def rope(
     x: Array, cos: Array, sin: Array, positions: Array | None, out: Array, *, interleaved: bool, inverse: bool
 ) -> None:
-    """x, out [B,H,T,D]  cos, sin [P,R/2]  positions int64 [T] or [B,T], None = 0..T-1
+    """x, out [B,H,T,D]  cos, sin [P,R/2], x's dtype or stat  positions int64 [T] or [B,T], None = 0..T-1
     inverse rotates back (the gradient)."""
 
 # ---- embedding

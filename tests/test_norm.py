@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pykern
+import pykern.ops  # registers torch.ops.pykern
 from pykern import _C
 from pykern.testing import assert_bitwise, assert_close, ratios, reference
 
