@@ -187,7 +187,9 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
       store_n(out + e, load(memory.out + i * E_padded + e) * V::splat(inverse), n);
     });
     C* lse = results.lse + h * results.lse_head + t * results.lse_row;
-    *lse = l == C(0) ? C(-INFINITY) : memory.m[i] + natural_log(l);
+    // in double: every weight of the backward pass inherits the error of its row's lse
+    *lse = l == C(0) ? C(-INFINITY)
+                     : static_cast<C>(memory.m[i] + natural_log(static_cast<double>(l)));
   }
 }
 
