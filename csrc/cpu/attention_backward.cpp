@@ -107,21 +107,19 @@ static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t
 }
 
 template <class T>
-static BackwardGroup<T> backward_group(const AttentionBackward& op, Compute<T>* delta, int64_t b,
-                                       int64_t g) {
+static BackwardGroup<T> backward_group(const AttentionBackward& op,
+                                       const RowFacts<Compute<T>>* facts, int64_t b, int64_t g) {
   BackwardGroup<T> x;
   static_cast<Group<T>&>(x) = group_of<T>(op, b, g);
   const int64_t h = g * x.heads;
   x.dout = {row_at<const T>(op.dout, b, h, 0), op.dout.stride[1], op.dout.stride[2]};
-  x.lse = row_at<const Compute<T>>(op.lse, b, h, 0);
-  x.lse_head = op.lse.stride[1], x.lse_row = op.lse.stride[2];
-  x.delta = delta + (b * op.q.size[1] + h) * x.T_;
+  x.facts = facts + (b * op.q.size[1] + h) * x.T_;
   return x;
 }
 
-// delta [B, H, T] = sum over e of dout out, less the gradient of lse
+// facts [B, H, T]; delta = sum over e of dout out, less the gradient of lse
 template <class T>
-static void row_deltas(const AttentionBackward& op, Compute<T>* delta, int threads) {
+static void row_facts(const AttentionBackward& op, RowFacts<Compute<T>>* facts, int threads) {
   using C = Compute<T>;
   using V = Vec<C>;
   const int64_t H = op.q.size[1], T_ = op.q.size[2], E = op.v.size[3];
@@ -132,8 +130,11 @@ static void row_deltas(const AttentionBackward& op, Compute<T>* delta, int threa
       V sum = V::zero();
       each_vector<C>(
           E, [&](int64_t e, int n) { sum = fma(load_n(out + e, n), load_n(dout + e, n), sum); });
-      delta[i] = sum.sum();
-      if (op.dlse.given) delta[i] -= *row_at<C>(op.dlse, b, h, t);
+      const double lse = stat_at(op.lse, b, h, t);
+      const C shift = lse == -INFINITY ? INFINITY : static_cast<C>(lse);
+      const C factor = lse == -INFINITY ? C(1) : static_cast<C>(::exp(shift - lse));
+      const double dlse = op.dlse.given ? stat_at(op.dlse, b, h, t) : 0;
+      facts[i] = {shift, factor, static_cast<C>(sum.sum() - dlse)};
     }
   });
 }
@@ -144,7 +145,8 @@ static int64_t unless_one(const Tensor& t, int dim, int64_t i) { return t.size[d
 // dbias: a task owns the gradients of a tile of keys (all keys where they are summed into one) and
 // recomputes dS of every batch, head and query that was expanded onto them, in order.
 template <class T>
-static Status bias_gradient(const AttentionBackward& op, Compute<T>* delta, int threads) {
+static Status bias_gradient(const AttentionBackward& op, const RowFacts<Compute<T>>* facts,
+                            int threads) {
   using C = Compute<T>;
   const Tensor& db = op.dbias;
   const int64_t B = op.q.size[0], H = op.q.size[1], T_ = op.q.size[2], D = op.q.size[3];
@@ -165,7 +167,7 @@ static Status bias_gradient(const AttentionBackward& op, Compute<T>* delta, int 
     for (int64_t tile = one_key ? 0 : part; tile < (one_key ? tiles : part + 1); ++tile)
       for (int64_t b = db.size[0] == 1 ? 0 : bb; b < (db.size[0] == 1 ? B : bb + 1); ++b)
         for (int64_t h = db.size[1] == 1 ? 0 : hb; h < (db.size[1] == 1 ? H : hb + 1); ++h) {
-          const BackwardGroup<T> x = backward_group<T>(op, delta, b, h / heads);
+          const BackwardGroup<T> x = backward_group<T>(op, facts, b, h / heads);
           const int64_t first = tile * kKeys, keys = S - first < kKeys ? S - first : kKeys;
           pack_keys<T>(memory.k_columns, x.k + first * x.k_row, x.k_row, keys, D);
           pack_keys<T>(memory.v_columns, x.v + first * x.v_row, x.v_row, keys, E);
@@ -201,19 +203,19 @@ static Status backward(const AttentionBackward& op, int threads) {
   const bool summed = !shared && tiles > kChains;     // a task sums its chains in a second array
   const int64_t dq_size = heads * T_ * D_padded;
 
-  const Scratch deltas(B * H * T_ * sizeof(C));
+  const Scratch all_facts(B * H * T_ * sizeof(RowFacts<C>));
   const Scratch scratch(BackwardMemory<T>::bytes(D, E), threads);
   const Scratch dqs(dq_size * sizeof(C), shared ? chains : summed ? 2 * threads : threads);
-  if (!deltas.ok() || !scratch.ok() || !dqs.ok()) return Status::out_of_memory;
-  C* delta = deltas.template at<C>();
-  row_deltas<T>(op, delta, threads);
+  if (!all_facts.ok() || !scratch.ok() || !dqs.ok()) return Status::out_of_memory;
+  RowFacts<C>* facts = all_facts.template at<RowFacts<C>>();
+  row_facts<T>(op, facts, threads);
 
   const auto keys_of = [&](int64_t pair, int64_t chain, int64_t step, int slot, int thread) {
     const int64_t b = pair / G, g = pair % G;
     BackwardMemory<T> memory(D, E, scratch.at<char>(thread));
     C* dq = dqs.template at<C>(slot);
     for (int64_t i = 0; i < dq_size; ++i) dq[i] = C(0);
-    backward_keys<T>(backward_group<T>(op, delta, b, g), chain, step, memory, dq,
+    backward_keys<T>(backward_group<T>(op, facts, b, g), chain, step, memory, dq,
                      row_at<T>(op.dk, b, g, 0), op.dk.stride[2], row_at<T>(op.dv, b, g, 0),
                      op.dv.stride[2]);
   };
@@ -251,7 +253,7 @@ static Status backward(const AttentionBackward& op, int threads) {
       for (int64_t r = 0; r < heads * T_; ++r) write_dq(pair, r, 1, thread);
     });
   }
-  return op.dbias.given ? bias_gradient<T>(op, delta, threads) : Status::ok;
+  return op.dbias.given ? bias_gradient<T>(op, facts, threads) : Status::ok;
 }
 
 }  // namespace

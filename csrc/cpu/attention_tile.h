@@ -64,6 +64,11 @@ static Group<T> group_of(const Op& op, int64_t b, int64_t g) {
   return x;
 }
 
+// lse and its gradient, float or double
+static inline double stat_at(const Tensor& t, int64_t b, int64_t h, int64_t i) {
+  return t.dtype == DType::f64 ? row_at<double>(t, b, h, i)[0] : row_at<float>(t, b, h, i)[0];
+}
+
 static inline uint64_t low_bits(int64_t n) {
   return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
 }

@@ -8,12 +8,17 @@ namespace {
 
 constexpr int kChunkRows = 96;  // packing a chunk's rows costs as much as 3 keys of its products
 
+// What a row's weights need: P = factor exp(score - shift), where shift is lse rounded to C and
+// factor makes up for the rounding. A row that sees no key has shift infinity: P = 0.
+template <class C>
+struct RowFacts {
+  C shift, factor, delta;
+};
+
 template <class T>
 struct BackwardGroup : Group<T> {
   RowList<const T> dout;
-  const Compute<T>* lse;
-  int64_t lse_head, lse_row;
-  Compute<T>* delta;  // [heads, T]
+  const RowFacts<Compute<T>>* facts;  // [heads, T]
 };
 
 // The scratch memory of one thread, cut into its arrays.
@@ -95,14 +100,12 @@ static void weights_row(const BackwardGroup<T>& x, int64_t h, int64_t t, int64_t
   constexpr int n = kKeys / V::lanes;
   V y[n];
   finish_scores<T>(x, h, t, first, p, word, y);
-  const C lse = x.lse[h * x.lse_head + t * x.lse_row];
-  // A row that sees no key: exp(y - infinity) = 0 for every y.
-  const V shift = V::splat(lse == C(-INFINITY) ? C(INFINITY) : lse);
-  const V delta = V::splat(x.delta[h * x.T_ + t]);
+  const RowFacts<C>& row = x.facts[h * x.T_ + t];
+  const V shift = V::splat(row.shift), factor = V::splat(row.factor), delta = V::splat(row.delta);
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) {
     const Mask<C> seen = lanes_of<C>(word, i * V::lanes);
-    const V weight = select(seen, exp(y[i] - shift), V::zero());
+    const V weight = select(seen, exp(y[i] - shift) * factor, V::zero());
     const V gradient = weight * (load(ds + i * V::lanes) - delta);
     store(p + i * V::lanes, weight);
     store(ds + i * V::lanes, select(seen, gradient, V::zero()));
