@@ -45,7 +45,7 @@ def attention_forward(
     scale: float,
 ) -> None:
     """q [B,H,T,D]  k [B,G,S,D]  v [B,G,S,E]  mask bool, bias: already expanded to [B,H,T,S] (stride 0 allowed)
-    out [B,H,T,E]  lse [B,H,T] stat."""
+    out [B,H,T,E]  lse [B,H,T] stat or float64: in float64 the gradient of large scores is as accurate as others."""
 
 def attention_backward(
     q: Array,
@@ -65,7 +65,7 @@ def attention_backward(
     causal: bool,
     scale: float,
 ) -> None:
-    """dbias has rank 4 and the *unexpanded* bias sizes (each B, H, T, S or 1)."""
+    """dlse [B,H,T] stat or float64. dbias has rank 4 and the *unexpanded* bias sizes (each B, H, T, S or 1)."""
 
 def attention_with_kvcache(
     q: Array,

@@ -19,11 +19,7 @@ static Status forward(const AttentionForward& op, int threads) {
     const int64_t block = blocks - 1 - task / (B * G);  // causal: later rows see more keys
     ForwardMemory<T> memory(D, E, scratch.at<char>(thread));
     const Group<T> x = group_of<T>(op, b, g);
-    const int64_t h = g * x.heads;
-    const Results<T> results = {{row_at<T>(op.out, b, h, 0), op.out.stride[1], op.out.stride[2]},
-                                row_at<Compute<T>>(op.lse, b, h, 0),
-                                op.lse.stride[1],
-                                op.lse.stride[2]};
+    const Results results = {op.out, op.lse, b, g * x.heads};
     const int64_t first = block * kBlockRows;
     forward_rows<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows, results,
                     memory);

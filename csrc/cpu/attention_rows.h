@@ -11,12 +11,10 @@ namespace {
 
 constexpr int kBlockRows = 96;  // packing a tile of keys costs as much as 6 rows of its products
 
-// Where a block of rows goes.
-template <class T>
+// Where a block of rows goes: head h of a group is head `head + h` of batch b.
 struct Results {
-  RowList<T> out;
-  Compute<T>* lse;
-  int64_t lse_head, lse_row;
+  const Tensor &out, &lse;
+  int64_t b, head;
 };
 
 // The scratch memory of one thread, cut into its arrays.
@@ -96,7 +94,7 @@ static inline Compute<T> update_row(const Group<T>& x, int64_t r, int64_t first,
 
 // Rows r0 .. r1 - 1 of the group, at most kBlockRows.
 template <class T>
-static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results<T>& results,
+static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,
                          ForwardMemory<T>& memory) {
   using C = Compute<T>;
   using V = Vec<C>;
@@ -182,12 +180,15 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
     const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
     const C l = load(memory.l + i * V::lanes).sum();
     const C inverse = l == C(0) ? C(0) : C(1) / l;  // a row that sees no key is all zeros
-    T* out = results.out.at(h, t);
+    T* out = row_at<T>(results.out, results.b, results.head + h, t);
     each_vector<C>(x.E, [&](int64_t e, int n) {
       store_n(out + e, load(memory.out + i * E_padded + e) * V::splat(inverse), n);
     });
-    C* lse = results.lse + h * results.lse_head + t * results.lse_row;
-    *lse = l == C(0) ? C(-INFINITY) : memory.m[i] + natural_log(l);
+    const double lse = l == C(0) ? -INFINITY : memory.m[i] + natural_log(static_cast<double>(l));
+    if (results.lse.dtype == DType::f64)
+      row_at<double>(results.lse, results.b, results.head + h, t)[0] = lse;
+    else
+      row_at<float>(results.lse, results.b, results.head + h, t)[0] = static_cast<float>(lse);
   }
 }
 

@@ -64,6 +64,11 @@ static Group<T> group_of(const Op& op, int64_t b, int64_t g) {
   return x;
 }
 
+// lse and its gradient, float or double
+static inline double stat_at(const Tensor& t, int64_t b, int64_t h, int64_t i) {
+  return t.dtype == DType::f64 ? row_at<double>(t, b, h, i)[0] : row_at<float>(t, b, h, i)[0];
+}
+
 static inline uint64_t low_bits(int64_t n) {
   return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
 }
@@ -102,18 +107,20 @@ template <class T>
   using V = Vec<Compute<T>>;
   constexpr int n = kKeys / V::lanes;
   const V scale = V::splat(x.scale), hidden = V::splat(-INFINITY);
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) y[i] = load(s + i * V::lanes) * scale;
   if (x.bias) {
     const T* row = x.bias + h * x.bias_head + t * x.bias_row;
     for (int i = 0; i < n; ++i) {
       const int64_t left = x.S - first - i * V::lanes;
-      if (left <= 0) break;
-      const V b = bias_lanes(x, row, first + i * V::lanes,
-                             left < V::lanes ? static_cast<int>(left) : V::lanes);
-      y[i] = y[i] + b;
+      V b = V::zero();
+      if (left > 0)
+        b = bias_lanes(x, row, first + i * V::lanes,
+                       left < V::lanes ? static_cast<int>(left) : V::lanes);
+      y[i] = fma(load(s + i * V::lanes), scale, b);
       word &= ~(bits_of(b == hidden) << (i * V::lanes));
     }
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) y[i] = load(s + i * V::lanes) * scale;
   }
   if (word != ~uint64_t(0))
 #pragma GCC unroll 16

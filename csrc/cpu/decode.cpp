@@ -81,10 +81,7 @@ static Status forward(const DecodeForward& op, int threads) {
         rotate_to<T>(op, x.q.at(r / T_, r % T_), x.S - T_ + r % T_, D, q + (r - first) * D);
       x.q = {q - first * D, T_ * D, D};
     }
-    const Results<T> results = {{row_at<T>(op.out, b, h, 0), op.out.stride[1], op.out.stride[2]},
-                                row_at<C>(op.lse, b, h, 0),
-                                op.lse.stride[1],
-                                op.lse.stride[2]};
+    const Results results = {op.out, op.lse, b, h};
     ForwardMemory<T> memory(D, E, scratch.at<char>(thread));
     forward_rows<T>(x, first, last, results, memory);
   });

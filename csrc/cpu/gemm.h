@@ -116,21 +116,27 @@ static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, in
   return Status::ok;
 }
 
-// The sum of all rows: a task owns one vector of columns and adds chunks of rows in order.
+// The sum of all rows: a task owns one vector of columns and adds runs of kSumRows rows, in order,
+// to sums in double. Short runs: the error of a sum grows with its length.
+constexpr int kSumRows = 16;
 template <class T>
 static void column_sums(int64_t M, int64_t N, Matrix<T> dz, T* sums, int threads) {
-  using V = Vec<Compute<T>>;
+  using C = Compute<T>;
+  using V = Vec<C>;
   parallel_for((N + V::lanes - 1) / V::lanes, threads, [&](int64_t block, int) {
     const int64_t column = block * V::lanes;
     const int n = N - column < V::lanes ? static_cast<int>(N - column) : V::lanes;
-    V total = V::zero();
-    for (int64_t first = 0; first < M; first += kChunk<T>) {
+    double total[V::lanes] = {};
+    C lanes[V::lanes];
+    for (int64_t first = 0; first < M; first += kSumRows) {
       V sum = V::zero();
-      for (int64_t row = first; row < M && row < first + kChunk<T>; ++row)
+      for (int64_t row = first; row < M && row < first + kSumRows; ++row)
         sum = sum + load_n(dz.data + row * dz.row + column, n);
-      total = total + sum;
+      store(lanes, sum);
+      for (int i = 0; i < V::lanes; ++i) total[i] += lanes[i];
     }
-    store_n(sums + column, total, n);
+    for (int i = 0; i < V::lanes; ++i) lanes[i] = static_cast<C>(total[i]);
+    store_n(sums + column, load(lanes), n);
   });
 }
 

@@ -107,6 +107,29 @@ static Status forward(const LinearCrossEntropyForward& op, int threads) {
   return Status::ok;
 }
 
+// x with the ignored rows replaced by zeros, when one of them would turn 0 * x into NaN: in memory
+// of its own, else x itself.
+template <class T>
+static Matrix<T> without_ignored(const Problem<T>& p, const Scratch& memory) {
+  using V = Vec<Compute<T>>;
+  T* rows = memory.template at<T>();
+  V probe = V::zero();
+  for (int64_t row = 0; row < p.M; ++row) {
+    if (!p.ignored(row)) continue;
+    each_vector<Compute<T>>(p.K, [&](int64_t i, int n) {
+      probe = fma(load_n(p.x.data + row * p.x.row + i, n), V::zero(), probe);
+    });
+  }
+  if (bits_of(probe != probe) == 0) return p.x;
+  for (int64_t row = 0; row < p.M; ++row) {
+    if (p.ignored(row))
+      memset(static_cast<void*>(rows + row * p.K), 0, p.K * sizeof(T));
+    else
+      memcpy(rows + row * p.K, p.x.data + row * p.x.row, p.K * sizeof(T));
+  }
+  return {rows, p.K, 1};
+}
+
 template <class T>
 static Status backward(const LinearCrossEntropyBackward& op, int threads) {
   using C = Compute<T>;
@@ -114,7 +137,9 @@ static Status backward(const LinearCrossEntropyBackward& op, int threads) {
   const int64_t K = p.K;
   const Scratch logits(p.M * kColumns * sizeof(C)), gradients(p.M * kColumns * sizeof(T));
   const Scratch dx(op.dx.given ? p.M * K * sizeof(C) : 0);
-  if (!logits.ok() || !gradients.ok() || !dx.ok()) return Status::out_of_memory;
+  const Scratch read(op.dweight.given ? p.M * K * sizeof(T) : 0);
+  if (!logits.ok() || !gradients.ok() || !dx.ok() || !read.ok()) return Status::out_of_memory;
+  const Matrix<T> x_read = op.dweight.given ? without_ignored(p, read) : p.x;
 
   const Status status = each_block(p.V, [&](int64_t first, int64_t n) {
     C* x = logits.template at<C>();
@@ -139,7 +164,7 @@ static Status backward(const LinearCrossEntropyBackward& op, int threads) {
                        store_n(sum, y, lanes);
                      });
     if (op.dweight.given && done == Status::ok)
-      done = gemm<T>(n, K, p.M, {dlogits, 1, n}, p.x, threads,
+      done = gemm<T>(n, K, p.M, {dlogits, 1, n}, x_read, threads,
                      [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
                        store_n(row_of<T>(op.dweight, first + row) + column, y, lanes);
                      });
@@ -152,8 +177,9 @@ static Status backward(const LinearCrossEntropyBackward& op, int threads) {
     parallel_rows(p.M, kRows, threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t row = begin; row < end; ++row)
         each_vector<C>(K, [&](int64_t i, int lanes) {
-          store_n(row_of<T>(op.dx, row) + i, load_n(dx.template at<C>() + row * K + i, lanes),
-                  lanes);
+          const bool none = p.V == 0 || p.ignored(row);  // 0 even where weight is not finite
+          store_n(row_of<T>(op.dx, row) + i,
+                  none ? Vec<C>::zero() : load_n(dx.template at<C>() + row * K + i, lanes), lanes);
         });
     });
   return Status::ok;

@@ -20,7 +20,7 @@ static void check_lengths(const DecodeForward& op, int64_t appended) {
                  " are appended, but k_cache has room for ", capacity);
     if (!op.rotary_cos.given) continue;
     const int64_t last = length + appended, first = last - T;
-    PYKERN_CHECK(index, T == 0 || (first >= 0 && last <= op.rotary_cos.size[0]), c.op,
+    PYKERN_CHECK(index, T + appended == 0 || (first >= 0 && last <= op.rotary_cos.size[0]), c.op,
                  ": sequence ", b, " rotates positions ", first, "..", last - 1,
                  ", but rotary_cos has ", op.rotary_cos.size[0], " rows");
   }
@@ -75,7 +75,7 @@ void check(const DecodeForward& op) {
   c.rank(out, 4, "[B, H, T, E]");
   const int64_t out_shape[] = {B, H, T, E};
   for (int i = 0; i < 4; ++i) c.size(out, i, out_shape[i], "that of q and v_cache");
-  c.dtype(lse, stat_dtype(op.q.dtype));
+  if (op.lse.dtype != DType::f64) c.dtype(lse, stat_dtype(op.q.dtype));
   c.same_device(lse, q);
   c.rows_of(lse, q);
   for (const Arg& a : {q, k_cache, v_cache, k, v, cos, sin, out}) c.unit_last(a);

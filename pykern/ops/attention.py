@@ -11,13 +11,13 @@ def _expanded(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, E], laid out like q: when q is a view of [B, T, H, D], so is out."""
+    """out [B, H, T, E], laid out like q: when q is a view of [B, T, H, D], so is out; and lse [B, H, T] float64."""
     B, H, T, _ = q.shape
     if q.stride(1) < q.stride(2):
         out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
     else:
         out = q.new_empty(B, H, T, v.shape[3])
-    return out, q.new_empty(B, H, T, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return out, q.new_empty(B, H, T, dtype=torch.float64)
 
 
 def _forward(q, k, v, mask, bias, causal, scale):
@@ -77,7 +77,9 @@ _attention_backward = define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor out, Tensor lse, Tensor dout, "
     "Tensor? dlse, bool causal, float scale, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda q, k, v, mask, bias, out, lse, dout, dlse, causal, scale, want_bias: _gradients(q, k, v, bias, want_bias),
+    lambda q, k, v, mask, bias, out, lse, dout, dlse, causal, scale, want_bias: _gradients(
+        unit_last(q), unit_last(k), unit_last(v), bias, want_bias
+    ),
 )
 
 
@@ -150,4 +152,4 @@ def attention(
     q, k, v, bias = autocast("attention", q, k, v, bias)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     out, lse = _attention(q, k, v, mask, bias, causal, scale)
-    return (out, lse) if return_lse else out
+    return (out, lse if q.dtype == torch.float64 else lse.float()) if return_lse else out

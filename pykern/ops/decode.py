@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, require_tensors, unit_last
+from pykern.ops._library import _C, optional_tensors, require_tensors, unit_last
 from pykern.ops.attention import _results
 
 
@@ -34,6 +34,7 @@ def attention_with_kvcache(
     written). IndexError: a length or position out of range. RuntimeError: an argument requires grad.
     """
     require_tensors("attention_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
+    optional_tensors("attention_with_kvcache", k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
         raise RuntimeError(
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or detach its inputs"
@@ -63,4 +64,4 @@ def attention_with_kvcache(
     )
     if k is not None:
         torch.autograd.graph.increment_version([k_cache, v_cache])
-    return (out, lse) if return_lse else out
+    return (out, lse if q.dtype == torch.float64 else lse.float()) if return_lse else out

@@ -3,14 +3,23 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, autocast, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import (
+    _C,
+    autocast,
+    below_autograd,
+    define,
+    differentiable,
+    optional_tensors,
+    require_tensors,
+    unit_last,
+)
 
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
 
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., K] as [M, K] with unit last stride: a view where the strides allow one."""
-    return unit_last(x if x.dim() <= 2 else x.reshape(-1, x.shape[-1]))
+    return unit_last(x if x.dim() <= 2 else x.flatten(0, -2))
 
 
 def _matching_rows(x: Tensor, like: Tensor) -> Tensor:
@@ -25,7 +34,7 @@ def _forward(x, weight, bias, residual, activation, keep_pre):
     _C.linear_forward(
         rows,
         unit_last(weight),
-        bias,
+        None if bias is None else unit_last(bias),
         None if residual is None else _matching_rows(residual, x),
         out.view(*rows.shape[:-1], out.shape[-1]),
         pre.view(*rows.shape[:-1], out.shape[-1]) if keep_pre else None,
@@ -121,12 +130,17 @@ def linear(
     TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, activation.
     """
     require_tensors("linear", x=x, weight=weight)
+    optional_tensors("linear", bias=bias, residual=residual)
     kind = "none" if activation is None else activation
     if kind not in _ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, expected None or one of {', '.join(_ACTIVATIONS[1:])}")
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"linear: weight must be [N, K] with K the last size of x, got x {list(x.shape)}, weight {list(weight.shape)}"
+        )
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(
+            f"linear: residual has shape {list(residual.shape)}, expected {[*x.shape[:-1], weight.shape[0]]}"
         )
     x, weight, bias, residual = autocast("linear", x, weight, bias, residual)
     return _linear(x, weight, bias, residual, kind, False)[0]

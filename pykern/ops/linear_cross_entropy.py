@@ -1,15 +1,25 @@
 """The language-model head and its loss in one op: logits exist for a block of classes at a time. Differentiable."""
 
+import math
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pykern.ops._library import _C, autocast, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import (
+    _C,
+    autocast,
+    below_autograd,
+    define,
+    differentiable,
+    optional_tensors,
+    require_tensors,
+    unit_last,
+)
 from pykern.ops.cross_entropy import check_reduction, reduced, row_gradients, stat_dtype
 
 
 def _rows(x: Tensor) -> Tensor:
-    return unit_last(x.reshape(-1, x.shape[-1]))
+    return unit_last(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 def _forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction):
@@ -18,7 +28,7 @@ def _forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, red
     _C.linear_cross_entropy_forward(
         _rows(x),
         unit_last(weight),
-        bias,
+        None if bias is None else unit_last(bias),
         target.reshape(-1),
         loss.view(-1),
         lse.view(-1),
@@ -40,7 +50,7 @@ def _backward(x, weight, bias, target, lse, dout, ignore_index, label_smoothing,
     _C.linear_cross_entropy_backward(
         rows,
         unit_last(weight),
-        bias,
+        None if bias is None else unit_last(bias),
         target.reshape(-1),
         lse.view(-1),
         row_gradients(dout, target, ignore_index, reduction).reshape(-1),
@@ -86,7 +96,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, _):
         wanted = list(ctx.needs_input_grad[:3])
         grads = _head_backward(*ctx.saved_tensors, dout, *ctx.options, wanted)
@@ -115,6 +124,7 @@ def linear_cross_entropy(
     TypeError: not tensors, mixed or other dtypes. ValueError: shapes, options. IndexError: a label outside 0..V-1.
     """
     require_tensors("linear_cross_entropy", x=x, weight=weight, target=target)
+    optional_tensors("linear_cross_entropy", bias=bias)
     check_reduction("linear_cross_entropy", reduction)
     if x.dim() == 0 or target.shape != x.shape[:-1]:
         raise ValueError(

@@ -130,7 +130,8 @@ def _attention_with_lse(attention):
     return lambda **inputs: dict(zip(("out", "lse"), attention(**inputs, causal=True, return_lse=True), strict=True))
 
 
-def _masked_sdpa(q, k, v, bias, mask):
+def masked_sdpa(q, k, v, bias, mask):
+    """Fused as long as bias takes no gradient and v is as wide as k; else torch computes in steps, as the formula does."""
     return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(~mask, -torch.inf).expand(2, 4, 40, 90))
 
 
@@ -153,7 +154,20 @@ ATTENTION = [
         ),
         lambda **inputs: pykern.attention(**inputs),
         in_own_dtype(reference.attention),
-        _masked_sdpa,
+    ),
+    _case(
+        "attention mask + constant bias",
+        dict(
+            q=_draw(2, 4, 40, 80),
+            k=_draw(2, 4, 90, 80),
+            v=_draw(2, 4, 90, 80),
+            bias=_draw(4, 40, 90),
+            mask=_bools(40, 90),
+        ),
+        lambda **inputs: pykern.attention(**inputs),
+        in_own_dtype(reference.attention),
+        masked_sdpa,
+        constant=("bias",),
     ),
     Case(
         "attention lse",

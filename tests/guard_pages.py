@@ -1,0 +1,143 @@
+"""Kernels on arrays that border on a page which must not be touched.
+
+`python tests/guard_pages.py attention` runs every case of one op, in every dtype, with every array pushed against the
+page before or behind it: reading or writing one byte outside of an array ends the process with a segmentation fault.
+Results must have the bits that they have elsewhere. `python tests/guard_pages.py broken` is the proof that it bites.
+"""
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from tools import DTYPES, draw
+
+from pykern import _C
+from pykern.testing import assert_bitwise
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def guarded(x, side):
+    """x in memory of its own whose first ("before") or last ("behind") byte borders on a forbidden page."""
+    if x is None or x.numel() == 0:
+        return x
+    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    size = span * x.element_size()
+    pages = -(-size // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        if libc.mprotect(start + page * mmap.PAGESIZE, mmap.PAGESIZE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = mmap.PAGESIZE if side == "before" else (pages + 1) * mmap.PAGESIZE - size
+    flat = torch.frombuffer(memory, dtype=x.dtype, count=span, offset=offset)
+    return flat.as_strided(x.shape, x.stride()).copy_(x)
+
+
+def padded(x):
+    """Rows further apart than they are long, as in a view of a wider tensor."""
+    return torch.empty(*x.shape[:-1], x.shape[-1] + 5, dtype=x.dtype)[..., : x.shape[-1]].copy_(x)
+
+
+def stat(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def run(name, forward, inputs, outputs):
+    """forward(**arrays) with arrays as they are, then against pages; the outputs must agree."""
+    plain = {n: x.clone(memory_format=torch.preserve_format) if x is not None else None for n, x in outputs.items()}
+    forward(**inputs, **plain)
+    for side in ("before", "behind"):
+        for layout in (lambda x: x, padded):
+            place = lambda x, side=side, layout=layout: None if x is None else guarded(layout(x), side)  # noqa: E731
+            placed = {n: place(x) if x is None or x.dim() > 1 else guarded(x, side) for n, x in inputs.items()}
+            results = {n: place(x) if x is None or x.dim() > 1 else guarded(x, side) for n, x in outputs.items()}
+            forward(**placed, **results)
+            for n, x in plain.items():
+                if x is not None:
+                    assert_bitwise(x, results[n], name=f"{name}: {n} {side}")
+
+
+def attention(dtype):
+    cases = [(1, 1, 1, 1), (13, 65, 7, 5), (5, 63, 33, 80), (97, 129, 1, 3), (2, 15, 16, 17), (3, 200, 64, 31)]
+    for T, S, D, E in cases:
+        for causal in (False, True):
+            q, k, v = draw(2, 4, T, D), draw(2, 2, S, D, seed=1), draw(2, 2, S, E, seed=2)
+            mask, bias = draw(2, 4, T, S, seed=3) > -1, draw(2, 4, T, S, seed=4)
+            inputs = dict(q=q, k=k, v=v, mask=mask, bias=bias)
+            inputs = {n: x if x.dtype == torch.bool else x.to(dtype) for n, x in inputs.items()}
+            outputs = dict(out=torch.zeros(2, 4, T, E, dtype=dtype), lse=torch.zeros(2, 4, T, dtype=stat(dtype)))
+
+            def forward(causal=causal, **arrays):
+                _C.attention_forward(*arrays.values(), causal=causal, scale=0.5)
+
+            run("attention", forward, inputs, outputs)
+            forward(**inputs, **outputs)
+            saved = inputs | outputs | dict(dout=draw(2, 4, T, E, seed=5).to(dtype), dlse=draw(2, 4, T).to(stat(dtype)))
+            gradients = {f"d{n}": torch.zeros_like(saved[n]) for n in ("q", "k", "v", "bias")}
+
+            def backward(causal=causal, **arrays):
+                _C.attention_backward(*arrays.values(), causal=causal, scale=0.5)
+
+            run("attention_backward", backward, saved, gradients)
+
+
+def linear(dtype):
+    for M, N, K in [(1, 1, 1), (13, 33, 17), (5, 7, 129), (25, 65, 31), (3, 100, 1030), (200, 5, 3)]:
+        inputs = dict(x=draw(M, K), weight=draw(N, K, seed=1), bias=draw(N, seed=2), residual=draw(M, N, seed=3))
+        inputs = {n: x.to(dtype) for n, x in inputs.items()}
+        outputs = dict(out=torch.zeros(M, N, dtype=dtype), pre=torch.zeros(M, N, dtype=dtype))
+        run("linear", lambda **a: _C.linear_forward(*a.values(), activation="gelu"), inputs, outputs)
+        saved = dict(x=inputs["x"], weight=inputs["weight"], pre=inputs["residual"], dout=inputs["residual"].neg())
+        gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in ("x", "weight", "bias")}
+        run("linear_backward", lambda **a: _C.linear_backward(*a.values(), activation="gelu"), saved, gradients)
+
+
+def decode(dtype):
+    """The caches are as long as the last sequence needs: the slot behind it would be on the page."""
+    for T, N, C, D, E, R in [(1, 1, 1, 1, 1, 0), (1, 1, 65, 33, 7, 16), (5, 5, 70, 64, 17, 64), (3, 2, 130, 80, 96, 10)]:
+        inputs = dict(q=draw(2, 4, T, D), k_cache=draw(2, 2, C, D, seed=1), v_cache=draw(2, 2, C, E, seed=2))
+        inputs |= dict(k=draw(2, 2, N, D, seed=3), v=draw(2, 2, N, E, seed=4))
+        inputs = {n: x.to(dtype) for n, x in inputs.items()}
+        inputs["cache_seqlens"] = torch.tensor([max(T - N, C // 2 - N, 0), C - N], dtype=torch.int32)
+        inputs |= {f"rotary_{n}": draw(C, R // 2, seed=5).to(dtype) if R else None for n in ("cos", "sin")}
+        outputs = dict(out=torch.zeros(2, 4, T, E, dtype=dtype), lse=torch.zeros(2, 4, T, dtype=stat(dtype)))
+
+        def forward(**arrays):
+            _C.attention_with_kvcache(*arrays.values(), causal=True, scale=0.5, rotary_interleaved=False)
+
+        run("attention_with_kvcache", forward, inputs, outputs)
+
+
+def linear_cross_entropy(dtype):
+    options = dict(ignore_index=-100, label_smoothing=0.1, z_loss=0.01)
+    for M, V, K in [(1, 1, 1), (13, 33, 17), (5, 1030, 31), (3, 2049, 7)]:
+        inputs = dict(x=draw(M, K), weight=draw(V, K, seed=1), bias=draw(V, seed=2))
+        inputs = {n: x.to(dtype) for n, x in inputs.items()}
+        inputs["target"] = torch.arange(M) * 7919 % V
+        outputs = dict(loss=torch.zeros(M, dtype=stat(dtype)), lse=torch.zeros(M, dtype=torch.float64))
+        forward = lambda **a: _C.linear_cross_entropy_forward(*a.values(), **options)  # noqa: E731
+        run("linear_cross_entropy", forward, inputs, outputs)
+        forward(**inputs, **outputs)
+        saved = inputs | dict(lse=outputs["lse"], dloss=draw(M).to(stat(dtype)))
+        gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in ("x", "weight", "bias")}
+        backward = lambda **a: _C.linear_cross_entropy_backward(*a.values(), **options)  # noqa: E731
+        run("linear_cross_entropy_backward", backward, saved, gradients)
+
+
+def broken(dtype):
+    """relu told that its input is one number longer than it is."""
+    x = guarded(torch.ones(16, dtype=dtype), "behind")
+    longer = torch.as_strided(x, (16,), (1,), x.storage_offset())
+    address = ctypes.cast(longer.data_ptr(), ctypes.POINTER(ctypes.c_char))
+    print(address[16 * x.element_size() - 1] is not None, flush=True)
+    address[16 * x.element_size()]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for dtype in DTYPES:
+        globals()[sys.argv[1]](dtype)
+    print(f"{sys.argv[1]} ran on {_C.isa()}")
