@@ -85,7 +85,7 @@ def attention_with_kvcache(
 ) -> None:
     """q [B,H,T,D]  k_cache [B,G,C,D]  v_cache [B,G,C,E]
     k, v: T new keys, written at cache_seqlens [B] int32 (length before the append)
-    rotary_cos, rotary_sin [positions, R/2], R <= D: rotates q and k at positions cache_seqlens + t."""
+    rotary_cos, rotary_sin [positions, R/2], R <= D: rotates k at positions cache_seqlens + t, q at the last T."""
 
 # ---- linear: out = activation(x weight^T + bias) + residual
 def linear_forward(

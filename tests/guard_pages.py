@@ -97,7 +97,12 @@ def linear(dtype):
 
 def decode(dtype):
     """The caches are as long as the last sequence needs: the slot behind it would be on the page."""
-    for T, N, C, D, E, R in [(1, 1, 1, 1, 1, 0), (1, 1, 65, 33, 7, 16), (5, 5, 70, 64, 17, 64), (3, 2, 130, 80, 96, 10)]:
+    for T, N, C, D, E, R in [
+        (1, 1, 1, 1, 1, 0),
+        (1, 1, 65, 33, 7, 16),
+        (5, 5, 70, 64, 17, 64),
+        (3, 2, 130, 80, 96, 10),
+    ]:
         inputs = dict(q=draw(2, 4, T, D), k_cache=draw(2, 2, C, D, seed=1), v_cache=draw(2, 2, C, E, seed=2))
         inputs |= dict(k=draw(2, 2, N, D, seed=3), v=draw(2, 2, N, E, seed=4))
         inputs = {n: x.to(dtype) for n, x in inputs.items()}

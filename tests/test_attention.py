@@ -31,9 +31,7 @@ def inputs(T, S, D=16, E=None, B=1, H=1, G=None, dtype=torch.float64, seed=0):
 
 def named(attention, **options):
     """attention(..., return_lse=True) with its results by name."""
-    return lambda **tensors: dict(
-        zip(("out", "lse"), attention(**tensors, return_lse=True, **options), strict=True)
-    )
+    return lambda **tensors: dict(zip(("out", "lse"), attention(**tensors, return_lse=True, **options), strict=True))
 
 
 def both(tensors, dout, dlse=None, **options):
@@ -45,8 +43,8 @@ def both(tensors, dout, dlse=None, **options):
 
 
 def bias_scale(tensors, dout, dlse, options):
-    """The largest term in a gradient of bias. It adds up |dS|: where bias is the same for all keys of a row they cancel,
-    to an exact 0. And dS = P (dP - delta) itself cancels where a row sees one key."""
+    """The largest term in a gradient of bias, which adds up dS: where bias is the same for all keys of a row, they
+    cancel, to an exact 0. And dS = P (dP - delta) itself cancels where a row sees one key."""
     B, H, T = tensors["q"].shape[:3]
     expanded = tensors | dict(bias=tensors["bias"].expand(B, H, T, tensors["k"].shape[2]))
     exact = both(expanded, dout, dlse, **options)[1]
@@ -359,6 +357,19 @@ def test_same_bits_for_any_padding(padding, dtype):
         got = again[name][:, :, :S] if name in ("dk", "dv") else again[name]
         assert_bitwise(x, got, name=name)
     assert (again["dk"][:, :, S:] == 0).all() and (again["dv"][:, :, S:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padding", [1, 59, 300])
+def test_same_bits_for_any_padding_of_queries(padding, dtype):
+    T = 40
+    tensors, dout = inputs(T, 90, D=10, H=4, G=2, dtype=dtype)
+    plain = with_gradients(named(pykern.attention), tensors, dict(out=dout))
+    longer = tensors | dict(q=torch.cat([tensors["q"], torch.full((1, 4, padding, 10), torch.nan, dtype=dtype)], 2))
+    mask = (torch.arange(T + padding) < T)[:, None]
+    dout = torch.cat([dout, torch.full((1, 4, padding, 10), torch.nan, dtype=dtype)], 2)
+    for name, x in with_gradients(named(pykern.attention, mask=mask), longer, dict(out=dout)).items():
+        assert_bitwise(x if name in ("dk", "dv") else x[:, :, :T], plain[name], name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -97,7 +97,9 @@ def test_bias(shape, dtype):
     compare(tensors, dout, draw(2, 4, 27, seed=5), causal=True, name=f"bias {shape}")
 
 
-@pytest.mark.parametrize("shape", [(6,), (4, 6), (4, 1), (1, 1), (2, 4, 6), (2, 1, 6), (2, 2, 4, 6), (2, 1, 1, 6), (1, 2, 4, 1)])
+@pytest.mark.parametrize(
+    "shape", [(6,), (4, 6), (4, 1), (1, 1), (2, 4, 6), (2, 1, 6), (2, 2, 4, 6), (2, 1, 1, 6), (1, 2, 4, 1)]
+)
 def test_gradcheck_bias(shape):
     tensors, _ = inputs(4, 6, D=2, B=2, H=2, G=1)
     tensors["bias"] = draw(*shape, seed=4)

@@ -23,7 +23,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _matching_rows(x: Tensor, like: Tensor) -> Tensor:
-    """x [..., N] as [M, N] when its leading dimensions are those of like; otherwise as it is, for the kernel to refuse."""
+    """x [..., N] as [M, N] when its leading dimensions are those of like; else as it is, for the kernel to refuse."""
     return _rows(x) if x.shape[:-1] == like.shape[:-1] else x
 
 
@@ -80,7 +80,8 @@ def _backward_fake(x, weight, pre, dout, activation, wanted):
 
 
 _linear = define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep_pre) -> (Tensor, Tensor)",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool keep_pre) "
+    "-> (Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
@@ -136,7 +137,8 @@ def linear(
         raise ValueError(f"linear: activation is {activation!r}, expected None or one of {', '.join(_ACTIVATIONS[1:])}")
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
-            f"linear: weight must be [N, K] with K the last size of x, got x {list(x.shape)}, weight {list(weight.shape)}"
+            f"linear: weight must be [N, K] with K the last size of x, "
+            f"got x {list(x.shape)}, weight {list(weight.shape)}"
         )
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(

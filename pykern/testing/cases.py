@@ -131,7 +131,7 @@ def _attention_with_lse(attention):
 
 
 def masked_sdpa(q, k, v, bias, mask):
-    """Fused as long as bias takes no gradient and v is as wide as k; else torch computes in steps, as the formula does."""
+    """Fused as long as bias takes no gradient and v is as wide as k; else torch computes the formula in steps."""
     return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(~mask, -torch.inf).expand(2, 4, 40, 90))
 
 

@@ -228,18 +228,20 @@ def attention_with_kvcache(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, k_cache, v_cache): appends k, v [B,G,T,.] at cache_seqlens [B] to copies of the caches, then attends.
 
-    With rotary_cos and rotary_sin, q and k are first rotated at positions cache_seqlens + t.
+    With rotary_cos and rotary_sin, k is first rotated at positions cache_seqlens + t, q at the last T positions.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     outs, lses = [], []
     for b, start in enumerate(cache_seqlens.tolist()):
-        query, stop = q[b : b + 1], start
-        at = dict(positions=start + torch.arange(q.shape[2], device=q.device), interleaved=rotary_interleaved)
+        query, stop = q[b : b + 1], start + (0 if k is None else k.shape[2])
+        positions = torch.arange(stop, device=q.device)
         if rotary_cos is not None:
+            at = dict(positions=positions[stop - q.shape[2] :], interleaved=rotary_interleaved)
             query = rope.__wrapped__(query, rotary_cos, rotary_sin, **at)
         if k is not None and v is not None:
-            key, stop = k[b : b + 1], start + k.shape[2]
+            key = k[b : b + 1]
             if rotary_cos is not None:
+                at = dict(positions=positions[start:], interleaved=rotary_interleaved)
                 key = rope.__wrapped__(key, rotary_cos, rotary_sin, **at)
             k_cache[b, :, start:stop], v_cache[b, :, start:stop] = key[0], v[b]
         keys, values = k_cache[b : b + 1, :, :stop], v_cache[b : b + 1, :, :stop]
