@@ -55,18 +55,31 @@ template <class T, int R, int NV>
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < NV; ++j) sum[i][j] = acc[i][j];
-  for (int64_t u = 0; u < count; ++u) {
-    V row[NV];
+  const auto add_products = [&](int64_t n, V(&to)[R][NV]) __attribute__((always_inline)) {
+    for (int64_t u = 0; u < n; ++u) {
+      V row[NV];
 #pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) row[j] = load(b + j * V::lanes);
+      for (int j = 0; j < NV; ++j) row[j] = load(b + j * V::lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < R; ++i) {
-      const V x = V::splat(a[i * a_row]);
+      for (int i = 0; i < R; ++i) {
+        const V x = V::splat(a[i * a_row]);
 #pragma GCC unroll 8
-      for (int j = 0; j < NV; ++j) sum[i][j] = multiply_add<T>(sum[i][j], x, row[j]);
+        for (int j = 0; j < NV; ++j) to[i][j] = multiply_add<T>(to[i][j], x, row[j]);
+      }
+      a += a_unit;
+      b += b_unit;
     }
-    a += a_unit;
-    b += b_unit;
+  };
+  if constexpr (kFused) {
+    add_products(count, sum);
+  } else {  // products are rounded, too: shorter runs make up for it
+    constexpr int64_t run = 16;
+    for (int64_t u = 0; u < count; u += run) {
+      V part[R][NV] = {};
+      add_products(count - u < run ? count - u : run, part);
+      for (int i = 0; i < R; ++i)
+        for (int j = 0; j < NV; ++j) sum[i][j] = sum[i][j] + part[i][j];
+    }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)

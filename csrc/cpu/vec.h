@@ -109,6 +109,12 @@ template <class C>
 
 // ---- arithmetic
 
+#if defined(__FMA__)
+constexpr bool kFused = true;  // fma() rounds once
+#else
+constexpr bool kFused = false;
+#endif
+
 static inline VecF fma(VecF a, VecF b, VecF c) {
 #if defined(__AVX512F__)
   return {(VecF::Reg)_mm512_fmadd_ps((__m512)a.r, (__m512)b.r, (__m512)c.r)};
