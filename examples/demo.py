@@ -18,7 +18,7 @@ from pykern.lm.plot import plot, read_rows
 RECIPE = (
     "--data stdlib --minutes 3 --n-layer 4 --n-head 4 --n-embd 128 --block-size 128 --batch-size 16 "
     "--positions rope --norm rmsnorm --activation swiglu --qk-norm --residual-init zero "
-    "--lr 4e-3 --schedule linear --final-lr 0 --warmup 50 --weight-decay 0.1 --eval-every 500"
+    "--dtype bfloat16 --lr 4e-3 --schedule linear --final-lr 0 --warmup 50 --weight-decay 0.1 --eval-every 500"
 )
 
 

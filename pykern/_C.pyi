@@ -29,7 +29,8 @@ def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 
 def huge_pages(array: Array) -> None:
-    """Hints, before its first write, that this contiguous CPU array should lie on huge pages. Contents do not change."""
+    """Hints, before its first write, that this contiguous CPU array should lie on huge pages. Contents do not
+    change."""
 
 # ---- attention: out = softmax(mask(scale q k^T + bias)) v
 def attention_forward(
@@ -246,9 +247,11 @@ def adamw(
     """In place. grad has param's dtype; exp_avg, exp_avg_sq and master are stats (float32 for bfloat16 param).
     grad is multiplied by grad_scale first."""
 
-# ---- roofline: loops that do nothing but multiply, read or copy; the caller holds the watch. One task per element of sink.
+# ---- roofline: loops that do nothing but multiply, read or copy; the caller holds the watch. One task per element
+of sink.
 def roofline_fma(sink: Array, *, repeats: int) -> float:
-    """sink [tasks], any floating dtype: chains of multiply-adds as the kernels of its dtype use; returns the operations done."""
+    """sink [tasks], any floating dtype: chains of multiply-adds as the kernels of its dtype use; returns the
+    operations done."""
 
 def roofline_read(source: Array, sink: Array, *, repeats: int) -> None:
     """source float32 [n], read repeats times, each task its part; sink float32 [tasks] receives the sums."""
