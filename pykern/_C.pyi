@@ -248,7 +248,7 @@ def adamw(
     grad is multiplied by grad_scale first."""
 
 # ---- roofline: loops that do nothing but multiply, read or copy; the caller holds the watch. One task per element
-of sink.
+# of sink.
 def roofline_fma(sink: Array, *, repeats: int) -> float:
     """sink [tasks], any floating dtype: chains of multiply-adds as the kernels of its dtype use; returns the
     operations done."""
