@@ -44,9 +44,21 @@ def attention_forward(
     *,
     causal: bool,
     scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
 ) -> None:
     """q [B,H,T,D]  k [B,G,S,D]  v [B,G,S,E]  mask bool, bias: already expanded to [B,H,T,S] (stride 0 allowed)
-    out [B,H,T,E]  lse [B,H,T] stat or float64: in float64 the gradient of large scores is as accurate as others."""
+    out [B,H,T,E]  lse [B,H,T] stat or float64: in float64 the gradient of large scores is as accurate as others.
+    window_left, window_right: keys seen on either side of the diagonal S - T + t, -1 = all; causal: right = 0.
+    alibi_slopes float32, expanded to [B,H]; sinks [H]; seed int64, one element; softcap 0 = none.
+    cu_seqlens_q, cu_seqlens_k int32 [sequences+1]: q [1,H,total,D] holds the sequences one after the other."""
 
 def attention_backward(
     q: Array,
@@ -62,11 +74,50 @@ def attention_backward(
     dk: Array,
     dv: Array,
     dbias: Array | None,
+    dsinks: Array | None = None,
     *,
     causal: bool,
     scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
 ) -> None:
-    """dlse [B,H,T] stat or float64. dbias has rank 4 and the *unexpanded* bias sizes (each B, H, T, S or 1)."""
+    """dlse [B,H,T] stat or float64. dbias has rank 4 and the *unexpanded* bias sizes (each B, H, T, S or 1).
+    dsinks [H]."""
+
+def attention_weights(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    bias: Array | None,
+    lse: Array,
+    rows: Array | None,
+    weights: Array,
+    *,
+    causal: bool,
+    scale: float,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_k: Array | None = None,
+) -> None:
+    """weights [B,H,n,S] = exp(score - lse) of the queries in rows (int64 [n]; None: all T), 0 where masked, without
+    dropout."""
+
+def attention_dropout(seed: Array, keep: Array, *, dropout_p: float) -> None:
+    """keep bool [B,H,T,S], contiguous: False where dropout with this seed takes a weight away."""
 
 def attention_with_kvcache(
     q: Array,

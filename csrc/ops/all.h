@@ -23,6 +23,8 @@
   X(linear_backward, LinearBackward) \
   X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
+  X(attention_weights, AttentionWeights) \
+  X(attention_dropout, AttentionDropout) \
   X(attention_with_kvcache, DecodeForward) \
   X(adamw, AdamW) \
   X(layer_norm_forward, LayerNormForward) \

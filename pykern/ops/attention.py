@@ -1,13 +1,49 @@
-"""Fused masked-softmax attention on torch tensors, differentiable in q, k, v, bias and through lse."""
+"""Fused masked-softmax attention on torch tensors, differentiable in q, k, v, bias, sinks and through lse."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, autocast, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import (
+    _C,
+    autocast,
+    below_autograd,
+    define,
+    differentiable,
+    optional_tensors,
+    require_tensors,
+    unit_last,
+)
+
+# What follows q, k, v in every op here.
+OPTIONS = (
+    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seed, int left, int right, float scale, float softcap, float dropout_p"
+)
+MASK, BIAS, SLOPES, SINKS, CU_Q, CU_K, SEED, LEFT, RIGHT, SCALE, SOFTCAP, DROPOUT = range(12)
 
 
 def _expanded(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return None if x is None else x.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+
+
+def kernel_options(options) -> dict[str, Any]:
+    """The keyword arguments of the kernels in _C from the options behind mask and bias."""
+    _, _, slopes, sinks, cu_q, cu_k, seed, left, right, scale, softcap, dropout_p = options
+    return dict(
+        causal=False,
+        scale=scale,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        alibi_slopes=slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+    )
 
 
 def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,96 +56,83 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(B, H, T, dtype=torch.float64)
 
 
-def _forward(q, k, v, mask, bias, causal, scale):
+def _forward(q, k, v, *options):
     out, lse = _results(q, v)
-    _C.attention_forward(
-        unit_last(q),
-        unit_last(k),
-        unit_last(v),
-        _expanded(mask, q, k),
-        _expanded(bias, q, k),
-        out,
-        lse,
-        causal=causal,
-        scale=scale,
-    )
+    q, k, v = unit_last(q), unit_last(k), unit_last(v)
+    mask, bias = _expanded(options[MASK], q, k), _expanded(options[BIAS], q, k)
+    _C.attention_forward(q, k, v, mask, bias, out, lse, **kernel_options(options))
     return out, lse
 
 
-def _gradients(q, k, v, bias, want_bias):
+def _gradients(q, k, v, bias, sinks, want_bias, want_sinks):
     return (
         torch.empty_like(q),
         torch.empty_like(k),
         torch.empty_like(v),
         torch.empty_like(bias, memory_format=torch.contiguous_format) if want_bias else q.new_empty(0),
+        torch.empty_like(sinks, memory_format=torch.contiguous_format) if want_sinks else q.new_empty(0),
     )
 
 
-def _backward(q, k, v, mask, bias, out, lse, dout, dlse, causal, scale, want_bias):
+def _backward(q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options):
     q, k, v, dout = unit_last(q), unit_last(k), unit_last(v), unit_last(dout)
-    dq, dk, dv, dbias = _gradients(q, k, v, bias, want_bias)
+    dq, dk, dv, dbias, dsinks = _gradients(q, k, v, options[BIAS], options[SINKS], want_bias, want_sinks)
     _C.attention_backward(
-        q,
-        k,
-        v,
-        _expanded(mask, q, k),
-        _expanded(bias, q, k),
-        out,
-        lse,
-        dout,
-        dlse,
-        dq,
-        dk,
-        dv,
+        *(q, k, v, _expanded(options[MASK], q, k), _expanded(options[BIAS], q, k)),
+        *(out, lse, dout, dlse, dq, dk, dv),
         dbias if want_bias else None,
-        causal=causal,
-        scale=scale,
+        dsinks if want_sinks else None,
+        **kernel_options(options),
     )
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, dsinks
 
 
 _attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, bool causal, float scale) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
     _forward,
-    lambda q, k, v, mask, bias, causal, scale: _results(q, v),
+    lambda q, k, v, *options: _results(q, v),
 )
 _attention_backward = define(
-    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor out, Tensor lse, Tensor dout, "
-    "Tensor? dlse, bool causal, float scale, bool want_bias) -> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
+    f"bool want_bias, bool want_sinks, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda q, k, v, mask, bias, out, lse, dout, dlse, causal, scale, want_bias: _gradients(
-        unit_last(q), unit_last(k), unit_last(v), bias, want_bias
+    lambda q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options: _gradients(
+        *(unit_last(q), unit_last(k), unit_last(v), options[BIAS], options[SINKS], want_bias, want_sinks)
     ),
 )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, mask, bias, causal, scale):
-        out, lse = below_autograd(_attention, q, k, v, mask, bias, causal, scale)
-        ctx.save_for_backward(q, k, v, mask, bias, out, lse)
-        ctx.causal, ctx.scale = causal, scale
+    def forward(ctx, q, k, v, *options):
+        out, lse = below_autograd(_attention, q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:LEFT])
+        ctx.numbers = options[LEFT:]
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        q, k, v, mask, bias, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        _, _, _, _, want_bias, _, want_sinks, *_ = ctx.needs_input_grad
+        nothing: tuple = (None,) * 10
         if dout is None:
             if dlse is None:
-                return (None,) * 7
+                return (None, None, None, None, None, None, None, *nothing[2:])
             dout = torch.zeros_like(out)
-        want_bias = bias is not None and ctx.needs_input_grad[4]
-        dq, dk, dv, dbias = _attention_backward(
-            q, k, v, mask, bias, out, lse, dout, dlse, ctx.causal, ctx.scale, want_bias
+        dq, dk, dv, dbias, dsinks = _attention_backward(
+            q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *tensors, *ctx.numbers
         )
-        return dq, dk, dv, None, dbias if want_bias else None, None, None
+        return (
+            *(dq, dk, dv, None, dbias if want_bias else None),
+            *(None, dsinks if want_sinks else None, *nothing[2:]),
+        )
 
 
 differentiable(_attention, _Attention)
 
 
-def _rank4(name: str, x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def rank4(name: str, x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """x of rank 1-4, broadcast from the right, as a rank-4 view."""
     if x is None:
         return None
@@ -123,6 +146,58 @@ def _rank4(name: str, x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return x4
 
 
+def window_limits(op: str, window, causal: bool) -> tuple[int, int]:
+    """(left, right) of the kernels, -1 for unlimited, from window=(left, right) with None for unlimited, and causal."""
+    if window is None:
+        return -1, 0 if causal else -1
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise ValueError(f"{op}: window is {window!r}, expected (left, right), numbers of keys or None")
+    for limit in window:
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+            raise TypeError(f"{op}: window is {window!r}, expected int or None for left and right")
+        if limit is not None and limit < 0:
+            raise ValueError(f"{op}: window is {window!r}, expected numbers of keys that are not negative")
+    left, right = (-1 if limit is None else limit for limit in window)
+    return left, 0 if causal else right
+
+
+def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
+    """The seed as an int64 tensor; drawn from torch's generator when dropout needs one and none is given."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"attention: dropout_p is {dropout_p}, expected 0..1")
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"attention: seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"attention: seed is {seed}, expected 64 bits")
+    return torch.tensor([seed], device=device)
+
+
+def check_layout(name: str, x: Tensor, layout: str) -> None:
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"attention: {name} must be {layout}, got shape {list(x.shape)}")
+
+
+def slopes_of(alibi_slopes: Tensor | None, sequences: int, heads: int) -> Tensor | None:
+    """alibi_slopes [H] or [B, H] as [B, H]."""
+    if alibi_slopes is None:
+        return None
+    require_tensors("attention", alibi_slopes=alibi_slopes)
+    if tuple(alibi_slopes.shape) not in ((heads,), (sequences, heads)):
+        raise ValueError(
+            f"attention: alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}] or "
+            f"[{sequences}, {heads}]"
+        )
+    if alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("attention: alibi_slopes takes no gradient; pass -slopes * distance as bias to learn them")
+    return alibi_slopes.expand(sequences, heads)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -131,25 +206,60 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(mask(scale * q k^T + bias)) v for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E] -> [B, H, T, E].
 
     float32, float64, bfloat16 or float16 (sums in float32), any strides; head h reads key head h // (H // G).
     mask: bool, True = attend; bias: q's dtype, added to the scores, differentiable; both of rank 1-4, broadcast from
-    the right to [B, H, T, S]. causal: query t sees keys 0 .. S - T + t. scale: 1 / sqrt(D) by default.
-    return_lse adds the natural logarithm of the softmax's denominator, [B, H, T], float32 (float64 for float64).
-    A row that sees no key is 0, its lse -inf, its gradients 0; numbers in masked slots have no effect, NaN included.
-    Formula: Vaswani et al., arXiv 1706.03762; tiles and recomputation: Dao et al., arXiv 2205.14135.
-    TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, scale not finite.
+    the right to [B, H, T, S]. causal: query t sees keys 0 .. S - T + t, its diagonal. window=(left, right): only that
+    many keys before and behind the diagonal, None = all. scale: 1 / sqrt(D) by default.
+    softcap: scores x become softcap * tanh(x / softcap). alibi_slopes, float32 [H] or [B, H]: slope * |distance from
+    the diagonal| is subtracted. sinks [H], q's dtype, differentiable: one more logit a row, with no value.
+    dropout_p: probability with which a weight becomes 0 (the others grow by 1 / (1 - p)), decided by seed (an int, or
+    an int64 tensor of one element) and position alone; without a seed torch's generator draws one.
+    cu_seqlens_q, cu_seqlens_k, int32 [N + 1]: N sequences end to end, q [total, H, D], k [total, G, D], v [total, G, E]
+    -> [total, H, E]; without mask and bias.
+    return_lse adds the natural logarithm of the softmax's denominator, [B, H, T] ([H, total] with cu_seqlens), float32
+    (float64 for float64). A row that sees no key is 0, its lse -inf, its gradients 0; numbers in masked slots have no
+    effect, NaN included.
+    Formula: Vaswani et al., arXiv 1706.03762; tiles and recomputation: Dao et al., arXiv 2205.14135; ALiBi: Press et
+    al., arXiv 2108.12409; softcap: Gemma 2, arXiv 2408.00118; sinks: Xiao et al., arXiv 2309.17453.
+    TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, options out of range.
     """
     require_tensors("attention", q=q, k=k, v=v)
+    ragged = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if ragged:
+        optional_tensors("attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+        for name, x, layout in (("q", q, "[total, H, D]"), ("k", k, "[total, G, D]"), ("v", v, "[total, G, E]")):
+            check_layout(name, x, layout)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     for name, x, layout in (("q", q, "[B, H, T, D]"), ("k", k, "[B, G, S, D]"), ("v", v, "[B, G, S, E]")):
-        if x.dim() != 4:
-            raise ValueError(f"attention: {name} must be {layout}, got shape {list(x.shape)}")
-    mask, bias = _rank4("mask", mask, q, k), _rank4("bias", bias, q, k)
-    q, k, v, bias = autocast("attention", q, k, v, bias)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    out, lse = _attention(q, k, v, mask, bias, causal, scale)
-    return (out, lse if q.dtype == torch.float64 else lse.float()) if return_lse else out
+        check_layout(name, x, layout)
+    if sinks is not None:
+        require_tensors("attention", sinks=sinks)
+    sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    slopes = slopes_of(alibi_slopes, sequences, q.shape[1])
+    mask, bias = rank4("mask", mask, q, k), rank4("bias", bias, q, k)
+    q, k, v, bias, sinks = autocast("attention", q, k, v, bias, sinks)
+    out, lse = _attention(
+        *(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k, _seed(seed, dropout_p, q.device)),
+        *window_limits("attention", window, causal),
+        q.shape[3] ** -0.5 if scale is None else float(scale),
+        0.0 if softcap is None else float(softcap),
+        float(dropout_p),
+    )
+    if q.dtype != torch.float64 and return_lse:
+        lse = lse.float()
+    if ragged:
+        out, lse = out[0].transpose(0, 1), lse[0]
+    return (out, lse) if return_lse else out
