@@ -14,7 +14,7 @@ from pykern.testing.cases import masked_sdpa
 from pykern.testing.compare import Tolerance
 
 KEYS = constant("cpu/attention_tile.h", "kKeys")[0]
-BLOCK_ROWS = constant("cpu/attention_rows.h", "kBlockRows")[0]
+BLOCK_ROWS = constant("cpu/attention_memory.h", "kBlockRows")[0]
 CHUNK_ROWS = constant("cpu/attention_weights.h", "kChunkRows")[0]
 CHAINS = constant("cpu/attention_backward.cpp", "kChains")[0]
 

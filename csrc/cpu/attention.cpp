@@ -1,28 +1,33 @@
 // attention, forward: blocks of query rows in parallel, the longest first.
 #include "ops/attention.h"
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_forward.h"
 #include "cpu/parallel.h"
 
 PYKERN_BEGIN_ISA
 
 template <class T>
 static Status forward(const AttentionForward& op, int threads) {
-  const int64_t B = op.q.size[0], G = op.k.size[1], D = op.q.size[3], E = op.v.size[3];
-  const int64_t rows = G == 0 ? 0 : op.q.size[1] / G * op.q.size[2];
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const Scratch scratch(ForwardMemory<T>::bytes(D, E), threads);
+  const int64_t N = sequences_of(op), G = op.k.size[1], D = op.q.size[3], E = op.v.size[3];
+  const int64_t heads = G == 0 ? 0 : op.q.size[1] / G;
+  int64_t most = 0;  // queries of a sequence
+  for (int64_t b = 0; b < N; ++b) {
+    const int64_t queries = place_of(op, b).queries;
+    most = queries > most ? queries : most;
+  }
+  const int64_t blocks = (heads * most + kBlockRows - 1) / kBlockRows;
+  const Scratch scratch(forward_bytes<T>(D, E), threads);
   if (!scratch.ok()) return Status::out_of_memory;
 
-  parallel_for(B * G * blocks, threads, [&](int64_t task, int thread) {
-    const int64_t b = task % (B * G) / G, g = task % G;
-    const int64_t block = blocks - 1 - task / (B * G);  // causal: later rows see more keys
-    ForwardMemory<T> memory(D, E, scratch.at<char>(thread));
+  parallel_for(N * G * blocks, threads, [&](int64_t task, int thread) {
+    const int64_t b = task % (N * G) / G, g = task % G;
+    const int64_t block = blocks - 1 - task / (N * G);  // causal: later rows see more keys
     const Group<T> x = group_of<T>(op, b, g);
-    const Results results = {op.out, op.lse, b, g * x.heads};
-    const int64_t first = block * kBlockRows;
-    forward_rows<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows, results,
-                    memory);
+    const Place at = place_of(op, b);
+    const int64_t first = block * kBlockRows, rows = x.rows();
+    if (first >= rows) return;
+    forward_block<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows,
+                     {op.out, op.lse, at.batch, g * heads, at.q_row}, scratch.at<char>(thread));
   });
   return Status::ok;
 }

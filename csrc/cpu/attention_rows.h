@@ -1,63 +1,12 @@
-// Forward attention of a block of rows: online softmax over tiles of 64 keys. For each tile a row
-// updates its maximum m, its sum l and its output, which is rescaled when m moves. Tiles start at
-// multiples of 64 and every sum runs in the order of the keys, so the bits of a row depend on the
-// row and the keys it sees: prefill, chunk and decode agree.
+// Forward attention of few rows, as in decoding: keys are lanes. Online softmax over tiles of 64
+// keys: for each tile a row updates its maximum m, its sum l and its output, which is rescaled when
+// m moves. Tiles start at multiples of 64 and every sum runs in the order of the keys, so the bits
+// of a row depend on the row and the keys it sees: prefill, chunk and decode agree.
 #pragma once
-#include "cpu/attention_tile.h"
-#include "cpu/scratch.h"
+#include "cpu/attention_memory.h"
 
 PYKERN_BEGIN_ISA
 namespace {
-
-constexpr int kBlockRows = 96;  // packing a tile of keys costs as much as 6 rows of its products
-
-// Where a block of rows goes: head h of a group is head `head + h` of batch b.
-struct Results {
-  const Tensor &out, &lse;
-  int64_t b, head;
-};
-
-// The scratch memory of one thread, cut into its arrays.
-template <class T>
-struct ForwardMemory {
-  using C = Compute<T>;
-  static constexpr int W = kTileColumns<T>, R = kTileRows;
-  C *q, *keys, *values, *hidden, *s, *p, *out, *m, *l;
-  int64_t strip, E_padded;
-  T* gathered;
-
-  template <class Take>
-  void layout(int64_t D, int64_t E, const Take& take) {
-    strip = units<T>(D) * R + Vec<C>::lanes;
-    E_padded = round_up(E, W);
-    q = take(kBlockRows / R * strip);
-    keys = take(units<T>(D) * kKeys);
-    values = take(units<T>(kKeys) * E_padded + Vec<C>::lanes);
-    hidden = take(units<T>(kKeys) * W);
-    s = take(R * kKeys);
-    p = take(R * kKeys);
-    out = take(kBlockRows * E_padded);
-    m = take(kBlockRows);
-    l = take(kBlockRows * Vec<C>::lanes);
-    gathered = reinterpret_cast<T*>(take(R * D + Vec<C>::lanes));
-  }
-  static int64_t bytes(int64_t D, int64_t E) {
-    int64_t total = 0;
-    ForwardMemory().layout(D, E, [&](int64_t n) {
-      total += round_up(n * sizeof(C), 64);
-      return static_cast<C*>(nullptr);
-    });
-    return total;
-  }
-  ForwardMemory() = default;
-  ForwardMemory(int64_t D, int64_t E, char* memory) {
-    layout(D, E, [&](int64_t n) {
-      C* array = reinterpret_cast<C*>(memory);
-      memory += round_up(n * sizeof(C), 64);
-      return array;
-    });
-  }
-};
 
 // Softmax weights of one row against one tile: updates m and l, stores the weights as the left
 // operand of the product with v, returns the factor that rescales what came before.
@@ -65,37 +14,42 @@ template <class T>
 static inline Compute<T> update_row(const Group<T>& x, int64_t r, int64_t first,
                                     const Compute<T>* s, uint64_t& word, Compute<T>* p,
                                     Compute<T>* m, Compute<T>* l) {
+  const int64_t h = r / x.T_, t = r % x.T_;
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int n = kKeys / V::lanes;
   V y[n];
-  finish_scores<T>(x, r / x.T_, r % x.T_, first, s, word, y);
+  finish_scores<T>(x, h, t, first, s, word, y);
   V top = y[0];
 #pragma GCC unroll 16
   for (int i = 1; i < n; ++i) top = max(top, y[i]);
   const C tile_max = top.max();
   const C m_new = tile_max > *m ? tile_max : *m;
   const C base = m_new == C(-INFINITY) ? C(0) : m_new;  // no key seen so far: all weights are 0
-  const V rescale = exp(V::splat(*m - base)), shift = V::splat(base);
+  const V rescale = power2<kPaired<T>>(V::splat(*m - base)), shift = V::splat(base);
+  const bool drop = x.dropout.threshold != 0;
+  const V factor = V::splat(static_cast<C>(x.dropout.factor));
+  const uint64_t keep = drop ? kept(x, h, t, first) : 0;
   V total = V::zero();
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) {
-    y[i] = exp(y[i] - shift);
+    y[i] = power2<kPaired<T>>(y[i] - shift);
     total = total + y[i];
+    if (drop) y[i] = select(lanes_of<C>(keep, i * V::lanes), y[i] * factor, V::zero());
     if constexpr (kPaired<T>)
       store_bf16(reinterpret_cast<uint16_t*>(p) + i * V::lanes, y[i]);
     else
       store(p + i * V::lanes, y[i]);
   }
-  store(l, fma(load(l), rescale, total));
+  *l = fma(V::splat(*l), rescale, V::splat(total.sum())).r[0];
   *m = m_new;
   return rescale.r[0];
 }
 
-// Rows r0 .. r1 - 1 of the group, at most kBlockRows.
+// Rows r0 .. r1 - 1 of the group, at most kFewRows.
 template <class T>
 static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,
-                         ForwardMemory<T>& memory) {
+                         RowMemory<T>& memory) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int W = kTileColumns<T>, R = kTileRows;
@@ -103,21 +57,24 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
   const int64_t count = units<T>(x.D), E_padded = memory.E_padded;
   const int64_t rows = r1 - r0;
 
-  int64_t last_key = 0;
+  int64_t first_key = x.S, last_key = 0;
   for (int64_t i = 0; i < rows; i += R) {  // queries as strips of R lanes
     const int n = rows - i < R ? static_cast<int>(rows - i) : R;
     for (int j = 0; j < n; ++j) {
-      const int64_t r = r0 + i + j, limit = x.limit(r % x.T_);
+      const int64_t r = r0 + i + j, begin = x.first_key(r % x.T_), end = x.end_key(r % x.T_);
       memcpy(memory.gathered + j * x.D, x.q.at(r / x.T_, r % x.T_), x.D * sizeof(T));
-      last_key = limit > last_key ? limit : last_key;
+      first_key = begin < first_key ? begin : first_key;
+      last_key = end > last_key ? end : last_key;
     }
     pack<T>(memory.q + i / R * memory.strip, R, {memory.gathered, x.D, 1}, n, n, x.D);
   }
-  for (int64_t i = 0; i < rows; ++i) memory.m[i] = -INFINITY;
-  for (int64_t i = 0; i < rows * V::lanes; ++i) memory.l[i] = C(0);
+  for (int64_t i = 0; i < rows; ++i) {
+    memory.m[i] = x.sink((r0 + i) / x.T_);
+    memory.l[i] = memory.m[i] == C(-INFINITY) ? C(0) : C(1);
+  }
   for (int64_t i = 0; i < rows * E_padded; ++i) memory.out[i] = C(0);
 
-  for (int64_t first = 0; first < last_key; first += kKeys) {
+  for (int64_t first = first_key / kKeys * kKeys; first < last_key; first += kKeys) {
     const int64_t keys = last_key - first < kKeys ? last_key - first : kKeys;
     pack_keys<T>(memory.keys, x.k + first * x.k_row, x.k_row, keys, x.D);
     const bool finite = pack_rows<T>(memory.values, x.v + first * x.v_row, x.v_row, keys, x.E);
@@ -147,7 +104,7 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
         for (int i = 0; i < n; ++i) {
           rescale[i] = update_row<T>(x, r0 + i0 + i, first, memory.s + i * kKeys, words[i],
                                      memory.p + i * p_row, memory.m + i0 + i,
-                                     memory.l + (i0 + i) * V::lanes);
+                                     memory.l + i0 + i);
           all &= words[i];
         }
         const bool hide = !finite && all != low_bits(keys);
@@ -178,17 +135,13 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
 
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
-    const C l = load(memory.l + i * V::lanes).sum();
+    const C l = memory.l[i];
     const C inverse = l == C(0) ? C(0) : C(1) / l;  // a row that sees no key is all zeros
-    T* out = row_at<T>(results.out, results.b, results.head + h, t);
+    T* out = results.template out_row<T>(h, t);
     each_vector<C>(x.E, [&](int64_t e, int n) {
       store_n(out + e, load(memory.out + i * E_padded + e) * V::splat(inverse), n);
     });
-    const double lse = l == C(0) ? -INFINITY : memory.m[i] + natural_log(static_cast<double>(l));
-    if (results.lse.dtype == DType::f64)
-      row_at<double>(results.lse, results.b, results.head + h, t)[0] = lse;
-    else
-      row_at<float>(results.lse, results.b, results.head + h, t)[0] = static_cast<float>(lse);
+    results.write_lse(h, t, memory.m[i], l);
   }
 }
 

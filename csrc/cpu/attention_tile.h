@@ -1,14 +1,20 @@
 // What forward, backward and decode share: the query heads that read one key head, as one list of
 // rows, against tiles of 64 keys. Which keys of a tile a row sees is one 64-bit word.
+//
+// Scores are kept in base 2, score / ln 2, so that a weight is 2^(score - shift): no product with
+// log2 e in the inner loop.
 #pragma once
+#include "cpu/dropout.h"
 #include "cpu/math.h"
 #include "cpu/pack.h"
 #include "cpu/rows.h"
+#include "ops/attention.h"
 
 PYKERN_BEGIN_ISA
 namespace {
 
 constexpr int kKeys = 64;  // bits of a word; tiles start at multiples, so chunked queries agree
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // A matrix of rows with unit stride along them.
 template <class T>
@@ -18,9 +24,10 @@ struct RowList {
   T* at(int64_t h, int64_t i) const { return data + h * head + i * row; }
 };
 
-// The query heads of key head g in batch b. Row r is query r % T of head r / T.
+// The query heads of key head g in sequence b. Row r is query r % T of head r / T.
 template <class T>
 struct Group {
+  using C = Compute<T>;
   int64_t heads, T_, S, D, E;
   RowList<const T> q;
   const T* k;
@@ -30,37 +37,86 @@ struct Group {
   int64_t mask_head, mask_row, mask_key;
   const T* bias;
   int64_t bias_head, bias_row, bias_key;
-  bool causal;
-  Compute<T> scale;
+  const float* slopes;  // null: none; of head h at h * slope_head
+  int64_t slope_head;
+  const T* sinks;
+  int64_t sink_head;
+  int64_t left, right;  // -1: unlimited
+  C scale;              // in base 2; with a cap, that of tanh's argument
+  C cap;                // in base 2; 0: none
+  Dropout dropout;
+  int64_t sequence, head0;  // of the whole call, for dropout
 
   int64_t rows() const { return heads * T_; }
-  // Keys 0 .. limit - 1 come before the causal boundary of query t.
-  int64_t limit(int64_t t) const {
-    const int64_t end = causal ? S - T_ + t + 1 : S;
+  int64_t diagonal(int64_t t) const { return S - T_ + t; }
+  // Query t sees no key before first_key(t), and none from end_key(t) on.
+  int64_t first_key(int64_t t) const {
+    const int64_t first = left < 0 ? 0 : diagonal(t) - left;
+    return first < 0 ? 0 : first;
+  }
+  int64_t end_key(int64_t t) const {
+    const int64_t end = right < 0 || diagonal(t) + right >= S ? S : diagonal(t) + right + 1;
     return end < 0 ? 0 : end;
+  }
+  C slope(int64_t h) const {  // in base 2
+    return slopes ? static_cast<C>(slopes[h * slope_head] * kLog2E) : C(0);
+  }
+  // The logit without a key, in base 2, or -infinity.
+  C sink(int64_t h) const {
+    return sinks ? static_cast<C>(widen(sinks[h * sink_head]) * kLog2E) : C(-INFINITY);
   }
 };
 
-template <class T, class Op>
-static Group<T> group_of(const Op& op, int64_t b, int64_t g) {
+// The first row of sequence b, when sequences lie end to end.
+static inline int64_t offset_of(const Tensor& cu_seqlens, int64_t b) {
+  return static_cast<const int32_t*>(cu_seqlens.data)[b * cu_seqlens.stride[0]];
+}
+
+static inline int64_t sequences_of(const AttentionInputs& op) {
+  return op.cu_seqlens_q.given ? op.cu_seqlens_q.size[0] - 1 : op.q.size[0];
+}
+
+// Where the rows of sequence b begin in a [B, H, rows, .] tensor: batch and row.
+struct Place {
+  int64_t batch, q_row, k_row, queries, keys;
+};
+static inline Place place_of(const AttentionInputs& op, int64_t b) {
+  if (!op.cu_seqlens_q.given) return {b, 0, 0, op.q.size[2], op.k.size[2]};
+  const int64_t q0 = offset_of(op.cu_seqlens_q, b), k0 = offset_of(op.cu_seqlens_k, b);
+  return {0, q0, k0, offset_of(op.cu_seqlens_q, b + 1) - q0,
+          offset_of(op.cu_seqlens_k, b + 1) - k0};
+}
+
+template <class T>
+static void set_scores(Group<T>& x, double scale, double softcap) {
+  x.cap = static_cast<Compute<T>>(softcap * kLog2E);
+  x.scale = static_cast<Compute<T>>(softcap == 0 ? scale * kLog2E : scale / softcap);
+}
+
+template <class T>
+static Group<T> group_of(const AttentionInputs& op, int64_t b, int64_t g) {
   const int64_t heads = op.q.size[1] / op.k.size[1], h = g * heads;
-  Group<T> x;
-  x.heads = heads;
-  x.T_ = op.q.size[2];
-  x.S = op.k.size[2];
-  x.D = op.q.size[3];
-  x.E = op.v.size[3];
-  x.q = {row_at<const T>(op.q, b, h, 0), op.q.stride[1], op.q.stride[2]};
-  x.k = row_at<const T>(op.k, b, g, 0);
-  x.v = row_at<const T>(op.v, b, g, 0);
-  x.k_row = op.k.stride[2];
-  x.v_row = op.v.stride[2];
-  x.mask = op.mask.given ? row_at<const uint8_t>(op.mask, b, h, 0) : nullptr;
+  const Place at = place_of(op, b);
+  Group<T> x = {};
+  x.heads = heads, x.D = op.q.size[3], x.E = op.v.size[3];
+  x.T_ = at.queries, x.S = at.keys;
+  x.q = {row_at<const T>(op.q, at.batch, h, at.q_row), op.q.stride[1], op.q.stride[2]};
+  x.k = row_at<const T>(op.k, at.batch, g, at.k_row), x.k_row = op.k.stride[2];
+  x.v = row_at<const T>(op.v, at.batch, g, at.k_row), x.v_row = op.v.stride[2];
+  if (op.mask.given) x.mask = row_at<const uint8_t>(op.mask, b, h, 0);
   x.mask_head = op.mask.stride[1], x.mask_row = op.mask.stride[2], x.mask_key = op.mask.stride[3];
-  x.bias = op.bias.given ? row_at<const T>(op.bias, b, h, 0) : nullptr;
+  if (op.bias.given) x.bias = row_at<const T>(op.bias, b, h, 0);
   x.bias_head = op.bias.stride[1], x.bias_row = op.bias.stride[2], x.bias_key = op.bias.stride[3];
-  x.causal = op.causal;
-  x.scale = static_cast<Compute<T>>(op.scale);
+  x.slope_head = op.alibi_slopes.stride[1];
+  if (op.alibi_slopes.given)
+    x.slopes = static_cast<const float*>(op.alibi_slopes.data) + b * op.alibi_slopes.stride[0] +
+               h * x.slope_head;
+  x.sink_head = op.sinks.stride[0];
+  if (op.sinks.given) x.sinks = static_cast<const T*>(op.sinks.data) + h * x.sink_head;
+  x.left = op.left, x.right = op.right;
+  set_scores(x, op.scale, op.softcap);
+  x.dropout = dropout_of(op.seed, op.dropout_p);
+  x.sequence = b, x.head0 = h;
   return x;
 }
 
@@ -75,8 +131,9 @@ static inline uint64_t low_bits(int64_t n) {
 
 // The keys of the tile at `first` that query t of head h sees.
 template <class T>
-static uint64_t visible(const Group<T>& x, int64_t h, int64_t t, int64_t first) {
-  uint64_t word = low_bits(x.limit(t) - first);
+static inline uint64_t visible(const Group<T>& x, int64_t h, int64_t t, int64_t first) {
+  uint64_t word = low_bits(x.end_key(t) - first);
+  if (x.left >= 0) word &= ~low_bits(x.first_key(t) - first);
   if (!x.mask || word == 0) return word;
   const uint8_t* mask = x.mask + h * x.mask_head + t * x.mask_row + first * x.mask_key;
   const int n = 64 - __builtin_clzll(word);
@@ -85,6 +142,21 @@ static uint64_t visible(const Group<T>& x, int64_t h, int64_t t, int64_t first) 
   for (int i = 0; i < n; ++i)
     if (!mask[i * x.mask_key]) word &= ~(uint64_t(1) << i);
   return word;
+}
+
+// The keys of the tile whose weight dropout keeps, for query t of head h.
+template <class T>
+static inline uint64_t kept(const Group<T>& x, int64_t h, int64_t t, int64_t first) {
+  return keep_word(x.dropout, x.sequence, x.head0 + h, t, first / kKeys);
+}
+
+// Base-2 scores of some pairs, from their dot products. distance is |diagonal - key|.
+template <class T>
+[[gnu::always_inline]] static inline Vec<Compute<T>> capped(const Group<T>& x,
+                                                            Vec<Compute<T>> dot) {
+  using V = Vec<Compute<T>>;
+  const V y = dot * V::splat(x.scale);
+  return x.cap == 0 ? y : V::splat(x.cap) * tanh(y);
 }
 
 // n bias numbers of a row from key s on
@@ -98,15 +170,33 @@ static inline Vec<Compute<T>> bias_lanes(const Group<T>& x, const T* row, int64_
   return load(lanes);
 }
 
-// Scores of one row against a tile, from the dot products in s: scale, bias, and -inf where hidden.
-// A bias of -inf hides a key, too: word is updated.
+// The position of each lane: 0, 1, 2, ...
+template <class C>
+static inline Vec<C> lane_numbers() {
+  C lanes[Vec<C>::lanes];
+  for (int i = 0; i < Vec<C>::lanes; ++i) lanes[i] = static_cast<C>(i);
+  return load(lanes);
+}
+
+// Scores of one row against a tile, from the dot products in s; -inf where hidden. A bias of -inf
+// hides a key, too: word is updated.
 template <class T>
 [[gnu::always_inline]] static inline void finish_scores(
     const Group<T>& x, int64_t h, int64_t t, int64_t first, const Compute<T>* s, uint64_t& word,
     Vec<Compute<T>> (&y)[kKeys / Vec<Compute<T>>::lanes]) {
-  using V = Vec<Compute<T>>;
+  using C = Compute<T>;
+  using V = Vec<C>;
   constexpr int n = kKeys / V::lanes;
-  const V scale = V::splat(x.scale), hidden = V::splat(-INFINITY);
+  const V hidden = V::splat(-INFINITY);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) y[i] = capped(x, load(s + i * V::lanes));
+  if (x.slopes) {
+    const V slope = V::splat(-x.slope(h)), numbers = lane_numbers<C>();
+    for (int i = 0; i < n; ++i) {
+      const C start = static_cast<C>(first + i * V::lanes - x.diagonal(t));
+      y[i] = fma(slope, abs(V::splat(start) + numbers), y[i]);
+    }
+  }
   if (x.bias) {
     const T* row = x.bias + h * x.bias_head + t * x.bias_row;
     for (int i = 0; i < n; ++i) {
@@ -115,17 +205,13 @@ template <class T>
       if (left > 0)
         b = bias_lanes(x, row, first + i * V::lanes,
                        left < V::lanes ? static_cast<int>(left) : V::lanes);
-      y[i] = fma(load(s + i * V::lanes), scale, b);
+      y[i] = fma(b, V::splat(static_cast<C>(kLog2E)), y[i]);
       word &= ~(bits_of(b == hidden) << (i * V::lanes));
     }
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) y[i] = load(s + i * V::lanes) * scale;
   }
   if (word != ~uint64_t(0))
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i)
-      y[i] = select(lanes_of<Compute<T>>(word, i * V::lanes), y[i], hidden);
+    for (int i = 0; i < n; ++i) y[i] = select(lanes_of<C>(word, i * V::lanes), y[i], hidden);
 }
 
 static inline int64_t round_up(int64_t n, int64_t multiple) {
@@ -163,27 +249,59 @@ static bool pack_rows(Compute<T>* out, const T* rows, int64_t row, int64_t count
   return bits_of(probe != probe) == 0;
 }
 
+// A matrix of units in memory, in place or a copy.
+template <class T>
+struct Operand {
+  const Compute<T>* data;
+  int64_t row;  // in units
+};
+
+// Rows as units along their width, at least count rounded up to a multiple of them: in place where
+// the numbers lie as units do, else a copy with zeros behind.
+template <class T>
+static Operand<T> unit_rows(const T* rows, int64_t row, int64_t count, int multiple, int64_t width,
+                            Compute<T>* copy) {
+  using C = Compute<T>;
+  if constexpr (sizeof(T) == sizeof(C)) {
+    if (count % multiple == 0) return {reinterpret_cast<const C*>(rows), row};
+  } else if constexpr (kPaired<T>) {  // pairs are read as floats, which need their alignment
+    if (count % multiple == 0 && width % 2 == 0 && row % 2 == 0 &&
+        reinterpret_cast<uintptr_t>(rows) % sizeof(C) == 0)
+      return {reinterpret_cast<const C*>(rows), row / 2};
+  }
+  const int64_t length = units<T>(width);
+  for (int64_t i = 0; i < round_up(count, multiple); ++i)
+    for (int64_t u = 0; u < length; u += Vec<C>::lanes) {
+      const int64_t left = width - u * kUnit<T>;
+      store(copy + i * length + u,
+            i < count ? load_units<T>(rows + i * row + u * kUnit<T>, left) : Vec<C>::zero());
+    }
+  return {copy, length};
+}
+
+// A number, or the numbers of a pair, that see(k) refuses made 0: for a row that does not see them.
+template <class T, class See>
+static inline Compute<T> hide_unit(Compute<T> number, int64_t u, const See& see) {
+  if constexpr (kPaired<T>) {
+    uint16_t half[2];
+    memcpy(half, &number, sizeof half);
+    for (int p = 0; p < 2; ++p)
+      if (!see(u * 2 + p)) half[p] = 0;
+    memcpy(&number, half, sizeof half);
+    return number;
+  } else {
+    return see(u) ? number : Compute<T>(0);
+  }
+}
+
 // A copy of a panel in which the numbers that see(k) refuses are 0, for a row that does not see
 // them while a tile mate does. Only for panels with numbers that are not finite.
 template <class T, class See>
 [[gnu::noinline]] static void hide_rows(Compute<T>* out, const Compute<T>* panel, int64_t count,
                                         const See& see) {
-  using C = Compute<T>;
   constexpr int W = kTileColumns<T>;
   for (int64_t u = 0; u < units<T>(count); ++u)
-    for (int i = 0; i < W; ++i) {
-      C number = panel[u * W + i];
-      if constexpr (kPaired<T>) {
-        uint16_t half[2];
-        memcpy(half, &number, sizeof half);
-        for (int p = 0; p < 2; ++p)
-          if (!see(u * 2 + p)) half[p] = 0;
-        memcpy(&number, half, sizeof half);
-      } else if (!see(u)) {
-        number = C(0);
-      }
-      out[u * W + i] = number;
-    }
+    for (int i = 0; i < W; ++i) out[u * W + i] = hide_unit<T>(panel[u * W + i], u, see);
 }
 
 }  // namespace

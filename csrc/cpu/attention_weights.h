@@ -1,15 +1,16 @@
 // The backward pass recomputes the weights of a chunk of query rows against a tile of keys:
-//   P = exp(score - lse)   dP = dout v^T   dS = P (dP - delta)
+//   P = 2^(score - lse)   dP = Z (dout v^T)   dS = P (dP - delta)   Z: dropout factors
+// Keys are lanes; which keys a row sees is known before anything is multiplied.
 #pragma once
-#include "cpu/attention_tile.h"
+#include "cpu/attention_memory.h"
 
 PYKERN_BEGIN_ISA
 namespace {
 
 constexpr int kChunkRows = 96;  // packing a chunk's rows costs as much as 3 keys of its products
 
-// What a row's weights need: P = factor exp(score - shift), where shift is lse rounded to C and
-// factor makes up for the rounding. A row that sees no key has shift infinity: P = 0.
+// What a row's weights need: P = factor 2^(score - shift), where shift is lse rounded to C, in base
+// 2, and factor makes up for the rounding. A row that sees no key has shift infinity: P = 0.
 template <class C>
 struct RowFacts {
   C shift, factor, delta;
@@ -18,34 +19,33 @@ struct RowFacts {
 template <class T>
 struct BackwardGroup : Group<T> {
   RowList<const T> dout;
-  const RowFacts<Compute<T>>* facts;  // [heads, T]
+  const RowFacts<Compute<T>>* facts;  // of head h, query t: h * facts_head + t
+  int64_t facts_head;
 };
 
-// The scratch memory of one thread, cut into its arrays.
 template <class T>
-struct BackwardMemory {
+struct BackwardArrays {
   using C = Compute<T>;
-  static constexpr int W = kTileColumns<T>, R = kTileRows;
+  static constexpr int W = kTileColumns<T>;
   // of a tile of keys: columns of k and v, rows of k; sums of dk and dv
   C *k_columns, *v_columns, *k_rows, *dk, *dv;
-  // of a chunk of query rows: q and dout as left operands and as rows; P and dS over the tile
-  C *q_strips, *dout_strips, *q_rows, *dout_rows, *p, *ds;
-  // the same weights as operands: dS by rows, P and dS by pairs of rows
-  C *ds_rows, *p_pairs, *ds_pairs, *hidden;
-  int64_t q_strip, dout_strip, D_padded, E_padded;
+  // of a chunk of query rows: q and dout along their width, and as rows for a sum over the rows
+  C *q_units, *dout_units, *q_rows, *dout_rows;
+  // P and dS over the tile, [rows][64]; as operands: dS along the keys, Z P and dS along the rows
+  C *p, *ds, *ds_rows, *p_pairs, *ds_pairs, *hidden;
+  int64_t D_padded, E_padded;
 
   template <class Take>
   void layout(int64_t D, int64_t E, const Take& take) {
     constexpr int L = Vec<C>::lanes;
     D_padded = round_up(D, W), E_padded = round_up(E, W);
-    q_strip = units<T>(D) * R + L, dout_strip = units<T>(E) * R + L;
     k_columns = take(units<T>(D) * kKeys);
     v_columns = take(units<T>(E) * kKeys);
     k_rows = take(units<T>(kKeys) * D_padded + L);
     dk = take(kKeys * D_padded);
     dv = take(kKeys * E_padded);
-    q_strips = take(kChunkRows / R * q_strip);
-    dout_strips = take(kChunkRows / R * dout_strip);
+    q_units = take(kChunkRows * units<T>(D) + L);
+    dout_units = take(kChunkRows * units<T>(E) + L);
     q_rows = take(units<T>(kChunkRows) * D_padded + L);
     dout_rows = take(units<T>(kChunkRows) * E_padded + L);
     p = take(kChunkRows * kKeys);
@@ -59,105 +59,183 @@ struct BackwardMemory {
     }
     hidden = take((kChunkRows > kKeys ? kChunkRows : kKeys) * W);
   }
-  static int64_t bytes(int64_t D, int64_t E) {
-    int64_t total = 0;
-    BackwardMemory().layout(D, E, [&](int64_t n) {
-      total += round_up(n * sizeof(C), 64);
-      return static_cast<C*>(nullptr);
-    });
-    return total;
-  }
-  BackwardMemory() = default;
-  BackwardMemory(int64_t D, int64_t E, char* memory) {
-    layout(D, E, [&](int64_t n) {
-      C* array = reinterpret_cast<C*>(memory);
-      memory += round_up(n * sizeof(C), 64);
-      return array;
-    });
+};
+template <class T>
+using BackwardMemory = Memory<BackwardArrays<T>>;
+
+// Rows [0, rows) of a chunk against a tile of keys: which keys each sees.
+struct Sight {
+  uint64_t words[kChunkRows], any, all;
+  bool partial;  // some row does not see all keys
+
+  // Units [begin, end) of the rows that see some key of `range`, a row being 1 / unit of a unit.
+  void rows_that_see(uint64_t range, int rows, int unit, int64_t& begin, int64_t& end) const {
+    int first = 0, last = rows;
+    if (partial) {
+      while (first < last && !(words[first] & range)) ++first;
+      while (last > first && !(words[last - 1] & range)) --last;
+    }
+    begin = first / unit, end = (last + unit - 1) / unit;
   }
 };
 
-// s [n, 64] = strip of n left rows times the columns of a tile
+template <class T>
+static void look(const Group<T>& x, int64_t h, int64_t t0, int rows, int64_t first, int keys,
+                 Sight& sight) {
+  sight.any = 0, sight.all = ~uint64_t(0);
+  for (int r = 0; r < rows; ++r) {
+    sight.words[r] = visible(x, h, t0 + r, first);
+    sight.any |= sight.words[r], sight.all &= sight.words[r];
+  }
+  sight.partial = sight.all != low_bits(keys);
+}
+
+// s [n, 64] = n left rows times the columns of a tile, for the panels that `any` touches
 template <class T, int n>
-static void tile_products(int64_t count, const Compute<T>* strip, const Compute<T>* columns,
-                          Compute<T>* s) {
+static void tile_products(int64_t count, const Compute<T>* left, int64_t row,
+                          const Compute<T>* columns, uint64_t any, Compute<T>* s) {
   using V = Vec<Compute<T>>;
   constexpr int W = kTileColumns<T>;
   for (int c = 0; c < kKeys / W; ++c) {
+    if (!(any >> c * W & low_bits(W))) continue;
     V acc[n][kTileVectors] = {};
-    multiply_tile<T, n, kTileVectors>(count, strip, 1, kTileRows, columns + c * count * W, W, acc);
+    multiply_tile<T, n, kTileVectors>(count, left, row, 1, columns + c * count * W, W, acc);
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < kTileVectors; ++j) store(s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
   }
 }
 
-// P and dS of query t of head h against the tile: p holds q k^T on entry, ds holds dP.
+// Z P and dS of query t of head h against the tile: s holds q k^T, dp holds dout v^T. With
+// through_cap dS is the gradient of scale q k^T, else that of the score.
 template <class T>
-static void weights_row(const BackwardGroup<T>& x, int64_t h, int64_t t, int64_t first,
-                        uint64_t& word, Compute<T>* p, Compute<T>* ds) {
+[[gnu::always_inline]] static inline void weights_row(
+    const BackwardGroup<T>& x, int64_t h, int64_t t, int64_t first, bool through_cap,
+    uint64_t& word, const Compute<T>* s, const Compute<T>* dp,
+    Vec<Compute<T>> (&p)[kKeys / Vec<Compute<T>>::lanes],
+    Vec<Compute<T>> (&ds)[kKeys / Vec<Compute<T>>::lanes]) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int n = kKeys / V::lanes;
   V y[n];
-  finish_scores<T>(x, h, t, first, p, word, y);
-  const RowFacts<C>& row = x.facts[h * x.T_ + t];
+  finish_scores<T>(x, h, t, first, s, word, y);
+  const RowFacts<C>& row = x.facts[h * x.facts_head + t];
   const V shift = V::splat(row.shift), factor = V::splat(row.factor), delta = V::splat(row.delta);
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) {
-    const Mask<C> seen = lanes_of<C>(word, i * V::lanes);
-    const V weight = select(seen, exp(y[i] - shift) * factor, V::zero());
-    const V gradient = weight * (load(ds + i * V::lanes) - delta);
-    store(p + i * V::lanes, weight);
-    store(ds + i * V::lanes, select(seen, gradient, V::zero()));
+    p[i] = power2<kPaired<T>>(y[i] - shift) * factor;
+    ds[i] = p[i] * (load(dp + i * V::lanes) - delta);
   }
+  if (x.dropout.threshold != 0) {
+    const V rest = V::splat(static_cast<C>(x.dropout.factor));
+    const uint64_t keep = kept(x, h, t, first);
+    for (int i = 0; i < n; ++i) {
+      const Mask<C> on = lanes_of<C>(keep, i * V::lanes);
+      const V dropped_dp = select(on, load(dp + i * V::lanes) * rest, V::zero());
+      ds[i] = p[i] * (dropped_dp - delta);
+      p[i] = select(on, p[i] * rest, V::zero());
+    }
+  }
+  if (x.cap != 0 && through_cap)  // 1 - tanh^2
+    for (int i = 0; i < n; ++i) {
+      const V tanh_of = tanh(load(s + i * V::lanes) * V::splat(x.scale));
+      ds[i] = ds[i] * (V::splat(C(1)) - tanh_of * tanh_of);
+    }
+  if (word != ~uint64_t(0))  // whatever was computed, or not, where the row does not see
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      const Mask<C> seen = lanes_of<C>(word, i * V::lanes);
+      p[i] = select(seen, p[i], V::zero());
+      ds[i] = select(seen, ds[i], V::zero());
+    }
 }
 
-// The weights of a chunk in the forms that the products take, where bf16 is multiplied in pairs.
+// The weights of rows r and, where numbers are paired, r + 1 of a chunk, in the forms that the
+// products take.
 template <class T>
-static void pair_weights(BackwardMemory<T>& memory, int64_t rows) {
+static void store_weights(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows, int64_t r,
+                          int64_t first, Sight& sight, BackwardMemory<T>& memory) {
+  using V = Vec<Compute<T>>;
+  constexpr int n = kKeys / V::lanes;
+  const auto weigh = [&](int64_t i, V(&p)[n], V(&ds)[n]) __attribute__((always_inline)) {
+    if (sight.words[i] == 0) {
+      for (int j = 0; j < n; ++j) p[j] = ds[j] = V::zero();
+      return;
+    }
+    weights_row<T>(x, h, t0 + i, first, true, sight.words[i], memory.p + i * kKeys,
+                   memory.ds + i * kKeys, p, ds);
+  };
 #if defined(__AVX512BF16__)
   if constexpr (kPaired<T>) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int i = 0; i < kKeys; i += VecF::lanes)
-        store_bf16(reinterpret_cast<uint16_t*>(memory.ds_rows) + r * kKeys + i,
-                   load(memory.ds + r * kKeys + i));
-    for (int64_t r = 0; r < rows; r += 2)
-      for (int i = 0; i < kKeys; i += VecF::lanes) {
-        const float *p = memory.p + r * kKeys + i, *ds = memory.ds + r * kKeys + i;
-        const VecF zero = VecF::zero();
-        const bool two = r + 1 < rows;
-        store(memory.p_pairs + r / 2 * kKeys + i,
-              pack_pairs(load(p), two ? load(p + kKeys) : zero));
-        store(memory.ds_pairs + r / 2 * kKeys + i,
-              pack_pairs(load(ds), two ? load(ds + kKeys) : zero));
-      }
+    V p[2][n] = {}, ds[2][n] = {};
+    uint16_t* ds_rows = reinterpret_cast<uint16_t*>(memory.ds_rows);
+    for (int two = 0; two < 2 && r + two < rows; ++two) {
+      weigh(r + two, p[two], ds[two]);
+      for (int i = 0; i < n; ++i)
+        store_bf16(ds_rows + (r + two) * kKeys + i * V::lanes, ds[two][i]);
+    }
+    for (int i = 0; i < n; ++i) {
+      store(memory.p_pairs + r / 2 * kKeys + i * V::lanes, pack_pairs(p[0][i], p[1][i]));
+      store(memory.ds_pairs + r / 2 * kKeys + i * V::lanes, pack_pairs(ds[0][i], ds[1][i]));
+    }
+    return;
   }
 #endif
-  (void)memory, (void)rows;
+  V p[n], ds[n];
+  weigh(r, p, ds);
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    store(memory.p + r * kKeys + i * V::lanes, p[i]);
+    store(memory.ds + r * kKeys + i * V::lanes, ds[i]);
+  }
 }
 
-// Scores, weights and their gradients of the rows t0 .. t0 + rows - 1 of head h against the tile at
-// `first`; words gets what each row sees. The columns of k and v are packed already.
+// q k^T into memory.p and dout v^T into memory.ds, where a strip of rows sees some key.
+template <class T>
+static void chunk_products(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows,
+                           const Sight& sight, BackwardMemory<T>& memory) {
+  constexpr int R = kTileRows;
+  const Operand<T> q = unit_rows<T>(x.q.at(h, t0), x.q.row, rows, 1, x.D, memory.q_units);
+  const Operand<T> dout =
+      unit_rows<T>(x.dout.at(h, t0), x.dout.row, rows, 1, x.E, memory.dout_units);
+  for (int64_t i = 0; i < rows; i += R) {
+    const int n = rows - i < R ? static_cast<int>(rows - i) : R;
+    uint64_t any = 0;
+    for (int64_t r = i; r < i + n; ++r) any |= sight.words[r];
+    if (any == 0) continue;
+    with_rows(n, [&](auto strip_rows) {
+      constexpr int n = strip_rows.value;
+      tile_products<T, n>(units<T>(x.D), q.data + i * q.row, q.row, memory.k_columns, any,
+                          memory.p + i * kKeys);
+      tile_products<T, n>(units<T>(x.E), dout.data + i * dout.row, dout.row, memory.v_columns, any,
+                          memory.ds + i * kKeys);
+    });
+  }
+}
+
+// Weights and their gradients of the rows t0 .. t0 + rows - 1 of head h against the tile at `first`,
+// whose columns of k and v are packed. A bias of -inf takes its key from sight.
 template <class T>
 static void weights_chunk(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows,
-                          int64_t first, BackwardMemory<T>& memory, uint64_t* words) {
-  constexpr int R = kTileRows;
-  for (int64_t i = 0; i < rows; i += R) {
-    const int64_t left = rows - i;
-    const int n = left < R ? static_cast<int>(left) : R;
-    Compute<T>* q = memory.q_strips + i / R * memory.q_strip;
-    Compute<T>* dout = memory.dout_strips + i / R * memory.dout_strip;
-    pack<T>(q, R, {x.q.at(h, t0 + i), x.q.row, 1}, n, left, x.D);
-    pack<T>(dout, R, {x.dout.at(h, t0 + i), x.dout.row, 1}, n, left, x.E);
-    with_rows(n, [&](auto strip_rows) {
-      tile_products<T, strip_rows.value>(units<T>(x.D), q, memory.k_columns, memory.p + i * kKeys);
-      tile_products<T, strip_rows.value>(units<T>(x.E), dout, memory.v_columns,
-                                         memory.ds + i * kKeys);
-    });
-    for (int64_t r = i; r < i + n; ++r) {
-      words[r] = visible(x, h, t0 + r, first);
-      weights_row<T>(x, h, t0 + r, first, words[r], memory.p + r * kKeys, memory.ds + r * kKeys);
-    }
+                          int64_t first, Sight& sight, BackwardMemory<T>& memory) {
+  chunk_products<T>(x, h, t0, rows, sight, memory);
+  for (int64_t r = 0; r < rows; r += kUnit<T>)
+    store_weights<T>(x, h, t0, rows, r, first, sight, memory);
+  for (int64_t r = 0; x.bias && r < rows; ++r) sight.partial |= sight.words[r] != sight.all;
+}
+
+// The gradients of the scores, in memory.ds [rows][64] as plain numbers.
+template <class T>
+static void score_gradients(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows,
+                            int64_t first, Sight& sight, BackwardMemory<T>& memory) {
+  using V = Vec<Compute<T>>;
+  constexpr int n = kKeys / V::lanes;
+  chunk_products<T>(x, h, t0, rows, sight, memory);
+  for (int64_t r = 0; r < rows; ++r) {
+    V p[n] = {}, ds[n] = {};
+    if (sight.words[r] != 0)
+      weights_row<T>(x, h, t0 + r, first, false, sight.words[r], memory.p + r * kKeys,
+                     memory.ds + r * kKeys, p, ds);
+    for (int i = 0; i < n; ++i) store(memory.ds + r * kKeys + i * V::lanes, ds[i]);
   }
 }
 

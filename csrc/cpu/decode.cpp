@@ -2,7 +2,7 @@
 // gets the bits it would have there.
 #include "ops/decode.h"
 
-#include "cpu/attention_rows.h"
+#include "cpu/attention_forward.h"
 #include "cpu/parallel.h"
 #include "cpu/rotate.h"
 
@@ -52,13 +52,12 @@ static void append(const DecodeForward& op, int threads) {
 
 template <class T>
 static Status forward(const DecodeForward& op, int threads) {
-  using C = Compute<T>;
   const int64_t B = op.q.size[0], H = op.q.size[1], T_ = op.q.size[2], D = op.q.size[3];
   const int64_t G = op.k_cache.size[1], E = op.v_cache.size[3];
   const int64_t appended = op.k.given ? op.k.size[2] : 0;
   const int64_t heads = G == 0 ? 0 : H / G, rows = heads * T_;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  const Scratch scratch(ForwardMemory<T>::bytes(D, E), threads);
+  const Scratch scratch(forward_bytes<T>(D, E), threads);
   const Scratch rotated(kBlockRows * D * sizeof(T), threads);
   if (!scratch.ok() || !rotated.ok()) return Status::out_of_memory;
   if (appended) append<T>(op, threads);
@@ -72,8 +71,8 @@ static Status forward(const DecodeForward& op, int threads) {
     x.S = length_of(op, b) + appended;
     x.k = row_at<const T>(op.k_cache, b, g, 0), x.k_row = op.k_cache.stride[2];
     x.v = row_at<const T>(op.v_cache, b, g, 0), x.v_row = op.v_cache.stride[2];
-    x.causal = op.causal;
-    x.scale = static_cast<C>(op.scale);
+    x.left = -1, x.right = op.causal ? 0 : -1;
+    set_scores(x, op.scale, 0);
     x.q = {row_at<const T>(op.q, b, h, 0), op.q.stride[1], op.q.stride[2]};
     if (op.rotary_cos.given) {  // this block's queries, as if the whole group were contiguous
       T* q = rotated.at<T>(thread);
@@ -81,9 +80,7 @@ static Status forward(const DecodeForward& op, int threads) {
         rotate_to<T>(op, x.q.at(r / T_, r % T_), x.S - T_ + r % T_, D, q + (r - first) * D);
       x.q = {q - first * D, T_ * D, D};
     }
-    const Results results = {op.out, op.lse, b, h};
-    ForwardMemory<T> memory(D, E, scratch.at<char>(thread));
-    forward_rows<T>(x, first, last, results, memory);
+    forward_block<T>(x, first, last, {op.out, op.lse, b, h, 0}, scratch.at<char>(thread));
   });
   return Status::ok;
 }

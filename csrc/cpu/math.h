@@ -23,10 +23,17 @@ static inline VecD power_of_two(VecD n) {
   return {(VecD::Reg)((__builtin_convertvector(n.r, Int) + 1023) << 52)};
 }
 
-// Adding and subtracting 1.5 * 2^(mantissa bits) rounds to the nearest integer.
+// To the nearest integer. Adding and subtracting 1.5 * 2^(mantissa bits) rounds where no
+// instruction does.
 static inline VecF round(VecF x) {
+#if defined(__AVX512F__)
+  return {(VecF::Reg)_mm512_roundscale_ps((__m512)x.r, _MM_FROUND_TO_NEAREST_INT)};
+#elif defined(__AVX2__)
+  return {(VecF::Reg)_mm256_round_ps((__m256)x.r, _MM_FROUND_TO_NEAREST_INT)};
+#else
   const VecF magic = VecF::splat(12582912.0f);
   return {(x.r + magic.r) - magic.r};
+#endif
 }
 static inline VecD round(VecD x) {
   const VecD magic = VecD::splat(6755399441055744.0);
@@ -86,6 +93,46 @@ static inline VecD exp(VecD x) {
   VecD r = fma(n, VecD::splat(-0.6931471803691238), x);
   r = fma(n, VecD::splat(-1.9082149292705877e-10), r);
   return scale_by_power(polynomial(r, c), n);
+}
+
+// 2^x for x <= 127, 0 for -infinity. With few bits the relative error is 4e-6: below that of a
+// result that is rounded to bf16.
+template <bool few_bits = false>
+static inline VecF power2(VecF x) {
+  // 2^r = 1 + r q(r) on |r| <= 1/2; relative errors 2.6e-9 and 3.6e-6
+  constexpr float fine[] = {0.69314724f, 0.24022652f, 0.055503103f,
+                            0.009617693f, 0.0013406643f, 0.00015594678f};
+  constexpr float coarse[] = {0.6931136f, 0.2402071f, 0.055976883f, 0.009782912f};
+  x = max(x, VecF::splat(-151.0f));  // 2^-151 rounds to 0
+  const VecF n = round(x), r = x - n;
+  VecF q;
+  if constexpr (few_bits)
+    q = polynomial(r, coarse);
+  else
+    q = polynomial(r, fine);
+  const VecF p = fma(q, r, VecF::splat(1.0f));
+#if defined(__AVX512F__)
+  return scale_exponent(p, n);
+#else
+  return scale_by_power(p, n);
+#endif
+}
+template <bool few_bits = false>
+static inline VecD power2(VecD x) {
+  return exp(x * VecD::splat(0.6931471805599453));
+}
+
+// tanh(x) = (1 - e) / (1 + e), e = exp(-2 |x|), with the sign of x; near 0 a series
+static inline VecF tanh(VecF x) {
+  constexpr float c[] = {1.0f, -1.0f / 3, 2.0f / 15, -17.0f / 315, 62.0f / 2835};
+  const VecF one = VecF::splat(1.0f), size = abs(x), square = x * x;
+  const VecF e = exp(size * VecF::splat(-2.0f)), far = (one - e) / (one + e);
+  return select(size < VecF::splat(0.3f), x * polynomial(square, c),
+                select(x < VecF::zero(), -far, far));
+}
+static inline VecD tanh(VecD x) {
+  for (int i = 0; i < VecD::lanes; ++i) x.r[i] = ::tanh(x.r[i]);
+  return x;
 }
 
 template <class C>

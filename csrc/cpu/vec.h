@@ -45,14 +45,16 @@ template <>
 struct Registers<float> {
   typedef float Reg __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
-  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bit;
+  typedef Bit Bits __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
 };
 template <>
 struct Registers<double> {
   typedef double Reg __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
-  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bit;
+  typedef Bit Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 // One of two per lane: the result of a comparison, all ones or all zeros.
@@ -336,6 +338,23 @@ static inline Mask<C> lanes_of(uint64_t word, int first) {
 #endif
 }
 
+// lane i of the result is on when lane i of words has a bit in common with bit
+template <class C>
+static inline Mask<C> lanes_with(typename Registers<C>::Bits words,
+                                 typename Registers<C>::Bits bit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(C) == 4)
+    return {(typename Registers<C>::Int)_mm512_movm_epi32(
+        _mm512_test_epi32_mask((__m512i)words, (__m512i)bit))};
+  else
+    return {(typename Registers<C>::Int)_mm512_movm_epi64(
+        _mm512_test_epi64_mask((__m512i)words, (__m512i)bit))};
+#else
+  using Bits = typename Registers<C>::Bits;
+  return {(typename Registers<C>::Int)((words & bit) != Bits{})};
+#endif
+}
+
 // bit i is set when lane i is on
 template <class C>
 static inline uint64_t bits_of(Mask<C> m) {
@@ -453,9 +472,11 @@ static inline VecF dot_pairs(VecF acc, VecF a, VecF b) {
 }
 // even in the low halves, odd in the high halves
 static inline VecF pack_pairs(VecF even, VecF odd) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even.r));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd.r));
-  return {(VecF::Reg)_mm512_or_si512(low, _mm512_slli_epi32(high, 16))};
+  using Halves [[gnu::vector_size(64)]] = int16_t;
+  constexpr Halves zip = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd.r, (__m512)even.r);
+  return {(VecF::Reg)_mm512_permutexvar_epi16((__m512i)zip, halves)};
 }
 // the bf16 of v, in order
 static inline void store_bf16(uint16_t* p, VecF v) {

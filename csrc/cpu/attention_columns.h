@@ -1,0 +1,415 @@
+// Forward attention of many rows: queries are lanes, three vectors of them a strip. Scores of a tile
+// lie as [key][query], so that softmax runs down the lanes: no sum and no maximum across a register,
+// one rescaling factor for a whole vector of queries, and neither keys nor (where numbers are not
+// paired) values are packed: an element of either is broadcast against a row of queries.
+//
+//   s = k q^T   [64, queries]      out^T = v^T p   [E, queries]
+//
+// Every sum runs in the order in which attention_rows.h takes it: both give a row the same bits.
+#pragma once
+#include "cpu/attention_memory.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+// Without fma, multiply_tile() sums in runs of 16 units, which must begin where they always do.
+constexpr int kFirstStep = kFused ? kKeyRows : 32;
+
+// A strip of rows: what its lanes are, and its words.
+template <class T>
+struct Strip {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  using Bits = typename Registers<C>::Bits;
+  using Bit = typename Registers<C>::Bit;
+  static constexpr int L = V::lanes, Q = kStripVectors * L, parts = kKeys / (8 * sizeof(C));
+  int64_t h[Q], t[Q];
+  alignas(64) C diagonal[Q], slope[Q];
+  alignas(64) Bit seen[parts][Q], keep[parts][Q];
+  int rows, end[kStripVectors];  // a vector sees no key of the tile from end on
+  int first_key, last_key;       // of the tile, that some row sees: [first_key, last_key)
+  bool partial;                  // some row does not see all of the tile
+
+  static Mask<C> lanes(const Bit (&words)[parts][Q], int key, int vector) {
+    Bits bits;
+    memcpy(&bits, words[key / (8 * sizeof(C))] + vector * L, sizeof bits);
+    return lanes_with<C>(bits, Bits{} + (Bit(1) << key % (8 * sizeof(C))));
+  }
+};
+
+template <class T>
+static void place_strip(const Group<T>& x, int64_t r0, int64_t r1, Strip<T>& strip) {
+  using C = Compute<T>;
+  const int rows = static_cast<int>(r1 - r0 < strip.Q ? r1 - r0 : strip.Q);
+  strip.rows = rows;
+  for (int i = 0; i < strip.Q; ++i) {
+    const int64_t r = r0 + (i < rows ? i : rows - 1);
+    strip.h[i] = r / x.T_, strip.t[i] = r % x.T_;
+    strip.diagonal[i] = static_cast<C>(x.diagonal(strip.t[i]));
+    strip.slope[i] = -x.slope(strip.h[i]);
+  }
+}
+
+template <class T>
+static void put_word(typename Strip<T>::Bit (&words)[Strip<T>::parts][Strip<T>::Q], int i,
+                     uint64_t word) {
+  for (int part = 0; part < Strip<T>::parts; ++part)
+    words[part][i] = static_cast<typename Strip<T>::Bit>(word >> part * 8 * sizeof(Compute<T>) % 64);
+}
+
+// Fills in what the strip sees of the tile at `first`; false when that is nothing.
+template <class T>
+static bool look(const Group<T>& x, int64_t first, int keys, Strip<T>& strip) {
+  constexpr int L = Strip<T>::L;
+  const uint64_t whole = low_bits(keys);
+  uint64_t any = 0, all = whole;
+  for (int j = 0; j < kStripVectors; ++j) {
+    uint64_t seen = 0;
+    for (int i = j * L; i < (j + 1) * L; ++i) {
+      const uint64_t word = i < strip.rows ? visible(x, strip.h[i], strip.t[i], first) : 0;
+      put_word<T>(strip.seen, i, word);
+      seen |= word;
+      if (i < strip.rows) all &= word;
+    }
+    strip.end[j] = seen == 0 ? 0 : 64 - __builtin_clzll(seen);
+    any |= seen;
+  }
+  if (any == 0) return false;
+  strip.partial = all != ~uint64_t(0);
+  strip.first_key = __builtin_ctzll(any);
+  strip.last_key = 64 - __builtin_clzll(any);
+  if (x.dropout.threshold != 0)
+    for (int i = 0; i < strip.rows; ++i)
+      put_word<T>(strip.keep, i, kept(x, strip.h[i], strip.t[i], first));
+  return true;
+}
+
+// bias, in base 2, of the tile as [key][query]; a bias of -inf hides its key.
+template <class T>
+static void bias_columns(const Group<T>& x, int64_t first, int keys, Strip<T>& strip,
+                         Compute<T>* out) {
+  using C = Compute<T>;
+  constexpr int Q = Strip<T>::Q;
+  for (int i = 0; i < strip.rows; ++i) {
+    const T* row = x.bias + strip.h[i] * x.bias_head + strip.t[i] * x.bias_row + first * x.bias_key;
+    uint64_t hidden = 0;
+    for (int key = 0; key < keys; ++key) {
+      const C b = widen(row[key * x.bias_key]);
+      out[key * Q + i] = b;
+      hidden |= static_cast<uint64_t>(b == C(-INFINITY)) << key;
+    }
+    if (hidden == 0) continue;
+    strip.partial = true;
+    for (int part = 0; part < Strip<T>::parts; ++part)
+      strip.seen[part][i] &= ~static_cast<typename Strip<T>::Bit>(
+          hidden >> part * 8 * sizeof(C) % 64);
+  }
+}
+
+// Scores of keys [key, key + kKeyRows) for the vectors from j0 on; top gets their maximum.
+template <class T, int NV>
+[[gnu::always_inline]] static inline void score_keys(const Group<T>& x, int64_t first, int key,
+                                                     const Strip<T>& strip, const Compute<T>* k,
+                                                     int64_t k_row, const ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q, j0 = kStripVectors - NV;
+  V acc[kKeyRows][NV] = {};
+  multiply_tile<T, kKeyRows, NV>(units<T>(x.D), k, k_row, 1, memory.strip_q + j0 * L, Q, acc);
+  V top[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) top[j] = load(memory.top + (j0 + j) * L);
+  const bool plain = !strip.partial && x.cap == 0 && !x.slopes && !x.bias;
+  const V scale = V::splat(x.scale);
+  if (plain) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeyRows; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        const V y = acc[i][j] * scale;
+        top[j] = max(top[j], y);
+        store(memory.s + (key + i) * Q + (j0 + j) * L, y);
+      }
+  } else {
+    V dots[kKeyRows][NV];
+    for (int i = 0; i < kKeyRows; ++i)
+      for (int j = 0; j < NV; ++j) dots[i][j] = acc[i][j];
+    for (int i = 0; i < kKeyRows; ++i)
+      for (int j = 0; j < NV; ++j) {
+        V y = capped(x, dots[i][j]);
+        const int at = (j0 + j) * L;
+        if (x.slopes) {
+          const V distance =
+              abs(V::splat(static_cast<C>(first + key + i)) - load(strip.diagonal + at));
+          y = fma(load(strip.slope + at), distance, y);
+        }
+        if (x.bias)
+          y = fma(load(memory.bias + (key + i) * Q + at), V::splat(static_cast<C>(kLog2E)), y);
+        if (strip.partial)
+          y = select(Strip<T>::lanes(strip.seen, key + i, j0 + j), y, V::splat(-INFINITY));
+        top[j] = max(top[j], y);
+        store(memory.s + (key + i) * Q + at, y);
+      }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) store(memory.top + (j0 + j) * L, top[j]);
+}
+
+// The values of a tile as rows of units along the keys.
+template <class T>
+static Operand<T> value_rows(const Group<T>& x, int64_t first, int keys,
+                             const ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  const T* rows = x.v + first * x.v_row;
+  if constexpr (sizeof(T) == sizeof(C)) return {reinterpret_cast<const C*>(rows), x.v_row};
+  for (int key = 0; key < keys; key += kUnit<T>) {
+    const T* row = rows + key * x.v_row;
+    const T* next = key + 1 < keys ? row + x.v_row : nullptr;
+    for (int64_t e = 0; e < x.E; e += Vec<C>::lanes)
+      store(memory.values + key / kUnit<T> * x.E + e,
+            load_lanes<T>(row + e, next ? next + e : nullptr, x.E - e));
+  }
+  return {memory.values, x.E};
+}
+
+// Units [u0, u1) of the values: 0 times infinity or NaN would be NaN.
+template <class T>
+static bool all_finite(const Operand<T>& v, int64_t E, int64_t u0, int64_t u1) {
+  using V = Vec<Compute<T>>;
+  V probe = V::zero();
+  for (int64_t u = u0; u < u1; ++u)
+    each_vector<Compute<T>>(E, [&](int64_t e, int n) {
+      probe = multiply_add<T>(probe, load_n(v.data + u * v.row + e, n), V::zero());
+    });
+  return bits_of(probe != probe) == 0;
+}
+
+template <class T>
+static void pack_queries(const Group<T>& x, const Strip<T>& strip, const ColumnMemory<T>& memory) {
+  const int last = strip.rows - 1;
+  Lanes<T> rows = {x.q.at(strip.h[0], strip.t[0]), x.q.row, 1};
+  if (strip.h[0] != strip.h[last]) {  // rows of several heads
+    for (int i = 0; i < strip.rows; ++i)
+      memcpy(memory.gathered + i * x.D, x.q.at(strip.h[i], strip.t[i]), x.D * sizeof(T));
+    rows = {memory.gathered, x.D, 1};
+  }
+  pack<T>(memory.strip_q, Strip<T>::Q, rows, strip.rows, strip.rows, x.D);
+}
+
+// The scores of a tile, in base 2, and the maximum of each row: m and those of the tile.
+template <class T>
+static void score_tile(const Group<T>& x, int64_t first, const Strip<T>& strip, const Compute<T>* k,
+                       int64_t k_row, const ColumnMemory<T>& memory) {
+  using V = Vec<Compute<T>>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q;
+  for (int i = 0; i < Q; i += L) store(memory.top + i, load(memory.m + i));
+  for (int key = strip.first_key / kFirstStep * kFirstStep; key < strip.last_key; key += kKeyRows) {
+    const Compute<T>* rows = k + key * k_row;
+    int j0 = 0;  // vectors before j0 see none of these keys
+    while (strip.end[j0] <= key) {
+      for (int i = 0; i < kKeyRows; ++i)
+        store(memory.s + (key + i) * Q + j0 * L, V::splat(-INFINITY));
+      ++j0;
+    }
+    if (j0 == 0)
+      score_keys<T, 3>(x, first, key, strip, rows, k_row, memory);
+    else if (j0 == 1)
+      score_keys<T, 2>(x, first, key, strip, rows, k_row, memory);
+    else
+      score_keys<T, 1>(x, first, key, strip, rows, k_row, memory);
+  }
+}
+
+// Weights of vector j from its scores: s becomes p, the factor that rescales what came before goes
+// to memory.rescale; m and l are updated. The weights are added in the order of attention_rows.h.
+template <class T, bool drop>
+static void weigh(const Strip<T>& strip, const Dropout& dropout, int j,
+                  const ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q, n = kKeys / L;
+  const V m = load(memory.m + j * L), m_new = load(memory.top + j * L);
+  const V base = select(m_new == V::splat(-INFINITY), V::zero(), m_new);  // no key seen so far
+  const V rescale = power2<kPaired<T>>(m - base);
+  const V factor = V::splat(static_cast<C>(dropout.factor));
+  // keys outside [begin, end) have weight 0
+  const int begin = strip.first_key / kFirstStep * kFirstStep, end = round_up(strip.last_key, kKeyRows);
+  V total[L];  // of the keys lane, lane + L, lane + 2 L, ...
+  const auto weight = [&](int key) __attribute__((always_inline)) {
+    return power2<kPaired<T>>(load(memory.s + key * Q + j * L) - base);
+  };
+  constexpr int step = kUnit<T>;
+  for (int lane = 0; lane < L; lane += step) {
+    V sum[step] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < n; ++i) {
+      const int key = i * L + lane;
+      if (key + step <= begin || key >= end) continue;
+      V p[step];
+#pragma GCC unroll 2
+      for (int u = 0; u < step; ++u) {
+        p[u] = weight(key + u);
+        sum[u] = sum[u] + p[u];
+        if constexpr (drop)
+          p[u] = select(Strip<T>::lanes(strip.keep, key + u, j), p[u] * factor, V::zero());
+      }
+#if defined(__AVX512BF16__)
+      if constexpr (kPaired<T>)
+        store(memory.p + key / 2 * Q + j * L, pack_pairs(p[0], p[1]));
+      else
+#endif
+        store(memory.p + key * Q + j * L, p[0]);
+    }
+#pragma GCC unroll 2
+    for (int u = 0; u < step; ++u) total[lane + u] = sum[u];
+  }
+#pragma GCC unroll 4
+  for (int width = L / 2; width > 0; width /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) total[i] = total[i] + total[i + width];
+  store(memory.l + j * L, fma(load(memory.l + j * L), rescale, total[0]));
+  store(memory.m + j * L, m_new);
+  store(memory.rescale + j * L, rescale);
+}
+
+// out^T = out^T rescale + v^T p, over the units [u0, u1) of the tile's keys
+template <class T>
+static void add_values(int64_t E, const Compute<T>* v, int64_t v_unit, int64_t u0, int64_t u1,
+                       const ColumnMemory<T>& memory) {
+  using V = Vec<Compute<T>>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q, NV = kStripVectors;
+  V rescale[NV];
+#pragma GCC unroll 4
+  for (int j = 0; j < NV; ++j) rescale[j] = load(memory.rescale + j * L);
+  const auto rows_of = [&](auto rows, int64_t e) __attribute__((always_inline)) {
+    constexpr int n = rows.value;
+    V acc[n][NV] = {};
+    multiply_tile<T, n, NV>(u1 - u0, v + u0 * v_unit + e, 1, v_unit, memory.p + u0 * Q, Q, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) {
+        Compute<T>* out = memory.strip_out + (e + i) * Q + j * L;
+        store(out, fma(load(out), rescale[j], acc[i][j]));
+      }
+  };
+  int64_t e = 0;
+  for (; e + kKeyRows <= E; e += kKeyRows) rows_of(Rows<kKeyRows>{}, e);
+  for (; e < E; ++e) rows_of(Rows<1>{}, e);
+}
+
+// The same where some value is not finite: lanes that do not see a key multiply 0 in its place.
+template <class T>
+[[gnu::noinline]] static void add_hidden_values(int64_t E, const Compute<T>* v, int64_t v_unit,
+                                                int64_t u0, int64_t u1, const Strip<T>& strip,
+                                                const ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q;
+  for (int64_t e = 0; e < E; ++e)
+    for (int j = 0; j < kStripVectors; ++j) {
+      V acc = V::zero();
+      for (int64_t u = u0; u < u1; ++u) {
+        C numbers[L];
+        for (int i = 0; i < L; ++i)
+          numbers[i] = hide_unit<T>(v[u * v_unit + e], u, [&](int64_t key) {
+            const int part = static_cast<int>(key / (8 * sizeof(C)));
+            return strip.seen[part][j * L + i] >> key % (8 * sizeof(C)) & 1;
+          });
+        acc = multiply_add<T>(acc, load(numbers), load(memory.p + u * Q + j * L));
+      }
+      C* out = memory.strip_out + e * Q + j * L;
+      store(out, fma(load(out), load(memory.rescale + j * L), acc));
+    }
+}
+
+// The rows of the strip are finished: out = out^T / l, lse = m + log l.
+template <class T>
+static void write_strip(const Group<T>& x, const Strip<T>& strip, const Results& results,
+                        const ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q;
+  for (int j = 0; j < kStripVectors && j * L < strip.rows; ++j) {
+    const V l = load(memory.l + j * L);
+    // a row that sees no key is all zeros
+    const V inverse = select(l == V::zero(), V::zero(), V::splat(C(1)) / l);
+    for (int64_t e = 0; e < x.E; e += L) {
+      V square[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i)
+        square[i] = load(memory.strip_out + (e + i) * Q + j * L) * inverse;
+      transpose(square);
+      const int n = x.E - e < L ? static_cast<int>(x.E - e) : L;
+      for (int i = 0; i < L && j * L + i < strip.rows; ++i) {
+        T* out = results.template out_row<T>(strip.h[j * L + i], strip.t[j * L + i]);
+        store_n(out + e, square[i], n);
+      }
+    }
+  }
+  for (int i = 0; i < strip.rows; ++i)
+    results.write_lse(strip.h[i], strip.t[i], memory.m[i], memory.l[i]);
+}
+
+// Rows [r0, r1) of the group, at most kBlockRows.
+template <class T>
+static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,
+                            ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q;
+  const int strips = static_cast<int>((r1 - r0 + Q - 1) / Q);
+  Strip<T> strip;
+  int64_t first_key = x.S, end_key = 0;
+  for (int i = 0; i < strips; ++i) {
+    memory.select(i);
+    place_strip(x, r0 + i * Q, r1, strip);
+    pack_queries(x, strip, memory);
+    for (int r = 0; r < Q; ++r) {
+      const int64_t begin = x.first_key(strip.t[r]), end = x.end_key(strip.t[r]);
+      first_key = begin < first_key ? begin : first_key;
+      end_key = end > end_key ? end : end_key;
+      memory.m[r] = x.sink(strip.h[r]);
+      memory.l[r] = memory.m[r] == C(-INFINITY) ? C(0) : C(1);
+    }
+    for (int64_t e = 0; e < x.E * Q; e += L) store(memory.strip_out + e, V::zero());
+  }
+
+  for (int64_t first = first_key / kKeys * kKeys; first < end_key; first += kKeys) {
+    const int keys = static_cast<int>(x.S - first < kKeys ? x.S - first : kKeys);
+    bool packed = false, finite = true;
+    Operand<T> k, v;
+    for (int i = 0; i < strips; ++i) {
+      memory.select(i);
+      place_strip(x, r0 + i * Q, r1, strip);
+      if (!look(x, first, keys, strip)) continue;
+      if (!packed) {
+        k = unit_rows<T>(x.k + first * x.k_row, x.k_row, keys, kKeyRows, x.D, memory.keys);
+        v = value_rows(x, first, keys, memory);
+        packed = true;
+      }
+      if (x.bias) bias_columns(x, first, keys, strip, memory.bias);
+      score_tile(x, first, strip, k.data, k.row, memory);
+      for (int j = 0; j < kStripVectors; ++j)
+        if (x.dropout.threshold == 0)
+          weigh<T, false>(strip, x.dropout, j, memory);
+        else
+          weigh<T, true>(strip, x.dropout, j, memory);
+      const int64_t u0 = strip.first_key / kFirstStep * kFirstStep / kUnit<T>;
+      const int64_t u1 = units<T>(strip.last_key);
+      finite = !strip.partial || all_finite<T>(v, x.E, u0, u1);
+      if (finite)
+        add_values<T>(x.E, v.data, v.row, u0, u1, memory);
+      else
+        add_hidden_values<T>(x.E, v.data, v.row, u0, u1, strip, memory);
+    }
+  }
+  for (int i = 0; i < strips; ++i) {
+    memory.select(i);
+    place_strip(x, r0 + i * Q, r1, strip);
+    write_strip(x, strip, results, memory);
+  }
+}
+
+}  // namespace
+PYKERN_END_ISA
