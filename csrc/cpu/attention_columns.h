@@ -15,7 +15,8 @@ namespace {
 // Without fma, multiply_tile() sums in runs of 16 units, which must begin where they always do.
 constexpr int kFirstStep = kFused ? kKeyRows : 32;
 
-// A strip of rows: what its lanes are, and its words.
+// A strip of rows: what its lanes are, and its words. Few rows fill its last vectors: lanes before
+// lane0 are idle, and their vectors left out.
 template <class T>
 struct Strip {
   using C = Compute<T>;
@@ -26,9 +27,14 @@ struct Strip {
   int64_t h[Q], t[Q];
   alignas(64) C diagonal[Q], slope[Q];
   alignas(64) Bit seen[parts][Q], keep[parts][Q];
-  int rows, end[kStripVectors];  // a vector sees no key of the tile from end on
-  int first_key, last_key;       // of the tile, that some row sees: [first_key, last_key)
-  bool partial;                  // some row does not see all of the tile
+  int rows, lane0;
+  int64_t first_key, end_key;            // of all that some row may see
+  int64_t whole_from, whole_to;          // keys that every row sees, but for the mask
+  int begin, end[kStripVectors];         // of the tile, that a vector and those before it may see
+  bool partial;                          // some row does not see all of the tile
+  int last() const { return end[kStripVectors - 1]; }
+  int idle() const { return lane0 / L; }  // vectors
+  bool live(int i) const { return i >= lane0 && i < lane0 + rows; }
 
   static Mask<C> lanes(const Bit (&words)[parts][Q], int key, int vector) {
     Bits bits;
@@ -40,13 +46,21 @@ struct Strip {
 template <class T>
 static void place_strip(const Group<T>& x, int64_t r0, int64_t r1, Strip<T>& strip) {
   using C = Compute<T>;
-  const int rows = static_cast<int>(r1 - r0 < strip.Q ? r1 - r0 : strip.Q);
-  strip.rows = rows;
-  for (int i = 0; i < strip.Q; ++i) {
-    const int64_t r = r0 + (i < rows ? i : rows - 1);
-    strip.h[i] = r / x.T_, strip.t[i] = r % x.T_;
-    strip.diagonal[i] = static_cast<C>(x.diagonal(strip.t[i]));
-    strip.slope[i] = -x.slope(strip.h[i]);
+  strip.rows = static_cast<int>(r1 - r0 < strip.Q ? r1 - r0 : strip.Q);
+  strip.first_key = strip.whole_to = x.S, strip.end_key = strip.whole_from = 0;
+  int64_t h = r0 / x.T_, t = r0 % x.T_;
+  strip.lane0 = strip.Q - (strip.rows + strip.L - 1) / strip.L * strip.L;
+  for (int i = 0; i < strip.Q; ++i) {  // lanes without a row repeat the first or the last one
+    strip.h[i] = h, strip.t[i] = t;
+    strip.diagonal[i] = static_cast<C>(x.diagonal(t));
+    strip.slope[i] = -x.slope(h);
+    const int64_t first = x.first_key(t), end = x.end_key(t);
+    strip.first_key = first < strip.first_key ? first : strip.first_key;
+    strip.whole_from = first > strip.whole_from ? first : strip.whole_from;
+    strip.end_key = end > strip.end_key ? end : strip.end_key;
+    strip.whole_to = end < strip.whole_to ? end : strip.whole_to;
+    if (!strip.live(i) || !strip.live(i + 1)) continue;
+    if (++t == x.T_) ++h, t = 0;
   }
 }
 
@@ -59,28 +73,31 @@ static void put_word(typename Strip<T>::Bit (&words)[Strip<T>::parts][Strip<T>::
 
 // Fills in what the strip sees of the tile at `first`; false when that is nothing.
 template <class T>
-static bool look(const Group<T>& x, int64_t first, int keys, Strip<T>& strip) {
+static bool look(const Group<T>& x, int64_t first, Strip<T>& strip) {
   constexpr int L = Strip<T>::L;
-  const uint64_t whole = low_bits(keys);
-  uint64_t any = 0, all = whole;
+  if (first >= strip.end_key || first + kKeys <= strip.first_key) return false;
+  if (x.dropout.threshold != 0)
+    for (int i = strip.lane0; strip.live(i); ++i)
+      put_word<T>(strip.keep, i, kept(x, strip.h[i], strip.t[i], first));
+  strip.partial = x.mask || x.bias || first < strip.whole_from || first + kKeys > strip.whole_to;
+  if (!strip.partial) {
+    strip.begin = 0;
+    for (int j = 0; j < kStripVectors; ++j) strip.end[j] = j < strip.idle() ? 0 : kKeys;
+    return true;
+  }
+  uint64_t any = 0, all = ~uint64_t(0);
   for (int j = 0; j < kStripVectors; ++j) {
-    uint64_t seen = 0;
     for (int i = j * L; i < (j + 1) * L; ++i) {
-      const uint64_t word = i < strip.rows ? visible(x, strip.h[i], strip.t[i], first) : 0;
+      const uint64_t word = strip.live(i) ? visible(x, strip.h[i], strip.t[i], first) : 0;
       put_word<T>(strip.seen, i, word);
-      seen |= word;
-      if (i < strip.rows) all &= word;
+      any |= word;
+      if (strip.live(i)) all &= word;
     }
-    strip.end[j] = seen == 0 ? 0 : 64 - __builtin_clzll(seen);
-    any |= seen;
+    strip.end[j] = any == 0 ? 0 : 64 - __builtin_clzll(any);
   }
   if (any == 0) return false;
   strip.partial = all != ~uint64_t(0);
-  strip.first_key = __builtin_ctzll(any);
-  strip.last_key = 64 - __builtin_clzll(any);
-  if (x.dropout.threshold != 0)
-    for (int i = 0; i < strip.rows; ++i)
-      put_word<T>(strip.keep, i, kept(x, strip.h[i], strip.t[i], first));
+  strip.begin = __builtin_ctzll(any) / kFirstStep * kFirstStep;
   return true;
 }
 
@@ -90,7 +107,7 @@ static void bias_columns(const Group<T>& x, int64_t first, int keys, Strip<T>& s
                          Compute<T>* out) {
   using C = Compute<T>;
   constexpr int Q = Strip<T>::Q;
-  for (int i = 0; i < strip.rows; ++i) {
+  for (int i = strip.lane0; strip.live(i); ++i) {
     const T* row = x.bias + strip.h[i] * x.bias_head + strip.t[i] * x.bias_row + first * x.bias_key;
     uint64_t hidden = 0;
     for (int key = 0; key < keys; ++key) {
@@ -115,7 +132,8 @@ template <class T, int NV>
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q, j0 = kStripVectors - NV;
   V acc[kKeyRows][NV] = {};
-  multiply_tile<T, kKeyRows, NV>(units<T>(x.D), k, k_row, 1, memory.strip_q + j0 * L, Q, acc);
+  multiply_tile<T, kKeyRows, NV>(units<T>(x.D), k, k_row, 1,
+                                 memory.strip_q + j0 * L - strip.lane0, Q - strip.lane0, acc);
   V top[NV];
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) top[j] = load(memory.top + (j0 + j) * L);
@@ -186,14 +204,15 @@ static bool all_finite(const Operand<T>& v, int64_t E, int64_t u0, int64_t u1) {
 
 template <class T>
 static void pack_queries(const Group<T>& x, const Strip<T>& strip, const ColumnMemory<T>& memory) {
-  const int last = strip.rows - 1;
-  Lanes<T> rows = {x.q.at(strip.h[0], strip.t[0]), x.q.row, 1};
-  if (strip.h[0] != strip.h[last]) {  // rows of several heads
-    for (int i = 0; i < strip.rows; ++i)
-      memcpy(memory.gathered + i * x.D, x.q.at(strip.h[i], strip.t[i]), x.D * sizeof(T));
+  const int first = strip.lane0, last = first + strip.rows - 1;
+  Lanes<T> rows = {x.q.at(strip.h[first], strip.t[first]), x.q.row, 1};
+  if (strip.h[first] != strip.h[last]) {  // rows of several heads
+    for (int i = first; i <= last; ++i)
+      memcpy(memory.gathered + (i - first) * x.D, x.q.at(strip.h[i], strip.t[i]),
+             x.D * sizeof(T));
     rows = {memory.gathered, x.D, 1};
   }
-  pack<T>(memory.strip_q, Strip<T>::Q, rows, strip.rows, strip.rows, x.D);
+  pack<T>(memory.strip_q, Strip<T>::Q - first, rows, strip.rows, strip.rows, x.D);
 }
 
 // The scores of a tile, in base 2, and the maximum of each row: m and those of the tile.
@@ -203,17 +222,11 @@ static void score_tile(const Group<T>& x, int64_t first, const Strip<T>& strip, 
   using V = Vec<Compute<T>>;
   constexpr int L = V::lanes, Q = Strip<T>::Q;
   for (int i = 0; i < Q; i += L) store(memory.top + i, load(memory.m + i));
-  for (int key = strip.first_key / kFirstStep * kFirstStep; key < strip.last_key; key += kKeyRows) {
+  for (int key = strip.begin; key < strip.last(); key += kKeyRows) {
     const Compute<T>* rows = k + key * k_row;
-    int j0 = 0;  // vectors before j0 see none of these keys
-    while (strip.end[j0] <= key) {
-      for (int i = 0; i < kKeyRows; ++i)
-        store(memory.s + (key + i) * Q + j0 * L, V::splat(-INFINITY));
-      ++j0;
-    }
-    if (j0 == 0)
+    if (key < strip.end[0])
       score_keys<T, 3>(x, first, key, strip, rows, k_row, memory);
-    else if (j0 == 1)
+    else if (key < strip.end[1])
       score_keys<T, 2>(x, first, key, strip, rows, k_row, memory);
     else
       score_keys<T, 1>(x, first, key, strip, rows, k_row, memory);
@@ -233,7 +246,7 @@ static void weigh(const Strip<T>& strip, const Dropout& dropout, int j,
   const V rescale = power2<kPaired<T>>(m - base);
   const V factor = V::splat(static_cast<C>(dropout.factor));
   // keys outside [begin, end) have weight 0
-  const int begin = strip.first_key / kFirstStep * kFirstStep, end = round_up(strip.last_key, kKeyRows);
+  const int begin = strip.begin, end = static_cast<int>(round_up(strip.end[j], kKeyRows));
   V total[L];  // of the keys lane, lane + L, lane + 2 L, ...
   const auto weight = [&](int key) __attribute__((always_inline)) {
     return power2<kPaired<T>>(load(memory.s + key * Q + j * L) - base);
@@ -272,9 +285,38 @@ static void weigh(const Strip<T>& strip, const Dropout& dropout, int j,
   store(memory.rescale + j * L, rescale);
 }
 
-// out^T = out^T rescale + v^T p, over the units [u0, u1) of the tile's keys
+// acc[i][j] += sum over units of v[i] p[j], vector j up to its own end: one sum without a break, which
+// later vectors go on with where earlier ones see nothing.
+template <class T, int n, int NV>
+[[gnu::always_inline]] static inline void sum_values(const Strip<T>& strip, const Compute<T>* v,
+                                                     int64_t v_unit, int64_t u0,
+                                                     const Compute<T>* p,
+                                                     Vec<Compute<T>> (&acc)[n][NV]) {
+  constexpr int j0 = kStripVectors - NV, Q = Strip<T>::Q;
+  // without fma the runs of multiply_tile must not be cut
+  int64_t end = units<T>(kFused ? strip.end[j0] : strip.last());
+  end = end < u0 ? u0 : end;
+  multiply_tile<T, n, NV>(end - u0, v + u0 * v_unit, 1, v_unit, p + u0 * Q + j0 * Strip<T>::L, Q,
+                          acc);
+  if constexpr (NV > 1) {
+    if (end < units<T>(strip.last())) {
+      Vec<Compute<T>> rest[n][NV - 1];
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+        for (int j = 1; j < NV; ++j) rest[i][j - 1] = acc[i][j];
+      sum_values<T, n, NV - 1>(strip, v, v_unit, end, p, rest);
+#pragma GCC unroll 8
+      for (int i = 0; i < n; ++i)
+#pragma GCC unroll 4
+        for (int j = 1; j < NV; ++j) acc[i][j] = rest[i][j - 1];
+    }
+  }
+}
+
+// out^T = out^T rescale + v^T p
 template <class T>
-static void add_values(int64_t E, const Compute<T>* v, int64_t v_unit, int64_t u0, int64_t u1,
+static void add_values(int64_t E, const Strip<T>& strip, const Compute<T>* v, int64_t v_unit,
                        const ColumnMemory<T>& memory) {
   using V = Vec<Compute<T>>;
   constexpr int L = V::lanes, Q = Strip<T>::Q, NV = kStripVectors;
@@ -284,7 +326,7 @@ static void add_values(int64_t E, const Compute<T>* v, int64_t v_unit, int64_t u
   const auto rows_of = [&](auto rows, int64_t e) __attribute__((always_inline)) {
     constexpr int n = rows.value;
     V acc[n][NV] = {};
-    multiply_tile<T, n, NV>(u1 - u0, v + u0 * v_unit + e, 1, v_unit, memory.p + u0 * Q, Q, acc);
+    sum_values<T, n, NV>(strip, v + e, v_unit, strip.begin / kUnit<T>, memory.p, acc);
 #pragma GCC unroll 8
     for (int i = 0; i < n; ++i)
 #pragma GCC unroll 4
@@ -300,26 +342,37 @@ static void add_values(int64_t E, const Compute<T>* v, int64_t v_unit, int64_t u
 
 // The same where some value is not finite: lanes that do not see a key multiply 0 in its place.
 template <class T>
-[[gnu::noinline]] static void add_hidden_values(int64_t E, const Compute<T>* v, int64_t v_unit,
-                                                int64_t u0, int64_t u1, const Strip<T>& strip,
+[[gnu::noinline]] static void add_hidden_values(int64_t E, const Strip<T>& strip,
+                                                const Compute<T>* v, int64_t v_unit,
                                                 const ColumnMemory<T>& memory) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q;
   for (int64_t e = 0; e < E; ++e)
-    for (int j = 0; j < kStripVectors; ++j) {
-      V acc = V::zero();
-      for (int64_t u = u0; u < u1; ++u) {
-        C numbers[L];
+    for (int j = strip.idle(); j < kStripVectors; ++j) {
+      C column[kKeys * L];
+      const int64_t u0 = strip.begin / kUnit<T>, u1 = units<T>(strip.end[j]);
+      for (int64_t u = u0; u < u1; ++u)
         for (int i = 0; i < L; ++i)
-          numbers[i] = hide_unit<T>(v[u * v_unit + e], u, [&](int64_t key) {
+          column[u * L + i] = hide_unit<T>(v[u * v_unit + e], u, [&](int64_t key) {
             const int part = static_cast<int>(key / (8 * sizeof(C)));
             return strip.seen[part][j * L + i] >> key % (8 * sizeof(C)) & 1;
           });
-        acc = multiply_add<T>(acc, load(numbers), load(memory.p + u * Q + j * L));
+      V acc[1][1] = {};
+      if constexpr (kFused) {
+        for (int64_t u = u0; u < u1; ++u)
+          acc[0][0] = multiply_add<T>(acc[0][0], load(column + u * L),
+                                      load(memory.p + u * Q + j * L));
+      } else {
+        for (int64_t u = u0; u < u1; u += 16) {  // the runs of multiply_tile
+          V run = V::zero();
+          for (int64_t i = u; i < u1 && i < u + 16; ++i)
+            run = multiply_add<T>(run, load(column + i * L), load(memory.p + i * Q + j * L));
+          acc[0][0] = acc[0][0] + run;
+        }
       }
       C* out = memory.strip_out + e * Q + j * L;
-      store(out, fma(load(out), load(memory.rescale + j * L), acc));
+      store(out, fma(load(out), load(memory.rescale + j * L), acc[0][0]));
     }
 }
 
@@ -330,7 +383,7 @@ static void write_strip(const Group<T>& x, const Strip<T>& strip, const Results&
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q;
-  for (int j = 0; j < kStripVectors && j * L < strip.rows; ++j) {
+  for (int j = strip.idle(); j < kStripVectors; ++j) {
     const V l = load(memory.l + j * L);
     // a row that sees no key is all zeros
     const V inverse = select(l == V::zero(), V::zero(), V::splat(C(1)) / l);
@@ -341,13 +394,13 @@ static void write_strip(const Group<T>& x, const Strip<T>& strip, const Results&
         square[i] = load(memory.strip_out + (e + i) * Q + j * L) * inverse;
       transpose(square);
       const int n = x.E - e < L ? static_cast<int>(x.E - e) : L;
-      for (int i = 0; i < L && j * L + i < strip.rows; ++i) {
+      for (int i = 0; i < L && strip.live(j * L + i); ++i) {
         T* out = results.template out_row<T>(strip.h[j * L + i], strip.t[j * L + i]);
         store_n(out + e, square[i], n);
       }
     }
   }
-  for (int i = 0; i < strip.rows; ++i)
+  for (int i = strip.lane0; strip.live(i); ++i)
     results.write_lse(strip.h[i], strip.t[i], memory.m[i], memory.l[i]);
 }
 
@@ -359,16 +412,16 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q;
   const int strips = static_cast<int>((r1 - r0 + Q - 1) / Q);
-  Strip<T> strip;
+  Strip<T> block[ColumnMemory<T>::strips];
   int64_t first_key = x.S, end_key = 0;
   for (int i = 0; i < strips; ++i) {
+    Strip<T>& strip = block[i];
     memory.select(i);
     place_strip(x, r0 + i * Q, r1, strip);
     pack_queries(x, strip, memory);
+    first_key = strip.first_key < first_key ? strip.first_key : first_key;
+    end_key = strip.end_key > end_key ? strip.end_key : end_key;
     for (int r = 0; r < Q; ++r) {
-      const int64_t begin = x.first_key(strip.t[r]), end = x.end_key(strip.t[r]);
-      first_key = begin < first_key ? begin : first_key;
-      end_key = end > end_key ? end : end_key;
       memory.m[r] = x.sink(strip.h[r]);
       memory.l[r] = memory.m[r] == C(-INFINITY) ? C(0) : C(1);
     }
@@ -377,12 +430,12 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
 
   for (int64_t first = first_key / kKeys * kKeys; first < end_key; first += kKeys) {
     const int keys = static_cast<int>(x.S - first < kKeys ? x.S - first : kKeys);
-    bool packed = false, finite = true;
+    bool packed = false;
     Operand<T> k, v;
     for (int i = 0; i < strips; ++i) {
+      Strip<T>& strip = block[i];
+      if (!look(x, first, strip)) continue;
       memory.select(i);
-      place_strip(x, r0 + i * Q, r1, strip);
-      if (!look(x, first, keys, strip)) continue;
       if (!packed) {
         k = unit_rows<T>(x.k + first * x.k_row, x.k_row, keys, kKeyRows, x.D, memory.keys);
         v = value_rows(x, first, keys, memory);
@@ -390,24 +443,20 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
       }
       if (x.bias) bias_columns(x, first, keys, strip, memory.bias);
       score_tile(x, first, strip, k.data, k.row, memory);
-      for (int j = 0; j < kStripVectors; ++j)
+      for (int j = strip.idle(); j < kStripVectors; ++j)
         if (x.dropout.threshold == 0)
           weigh<T, false>(strip, x.dropout, j, memory);
         else
           weigh<T, true>(strip, x.dropout, j, memory);
-      const int64_t u0 = strip.first_key / kFirstStep * kFirstStep / kUnit<T>;
-      const int64_t u1 = units<T>(strip.last_key);
-      finite = !strip.partial || all_finite<T>(v, x.E, u0, u1);
-      if (finite)
-        add_values<T>(x.E, v.data, v.row, u0, u1, memory);
+      if (!strip.partial || all_finite<T>(v, x.E, strip.begin / kUnit<T>, units<T>(strip.last())))
+        add_values<T>(x.E, strip, v.data, v.row, memory);
       else
-        add_hidden_values<T>(x.E, v.data, v.row, u0, u1, strip, memory);
+        add_hidden_values<T>(x.E, strip, v.data, v.row, memory);
     }
   }
   for (int i = 0; i < strips; ++i) {
     memory.select(i);
-    place_strip(x, r0 + i * Q, r1, strip);
-    write_strip(x, strip, results, memory);
+    write_strip(x, block[i], results, memory);
   }
 }
 
