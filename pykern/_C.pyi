@@ -134,8 +134,14 @@ def attention_with_kvcache(
     causal: bool,
     scale: float,
     rotary_interleaved: bool,
+    window_left: int = -1,
+    window_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    block_table: Array | None = None,
 ) -> None:
-    """q [B,H,T,D]  k_cache [B,G,C,D]  v_cache [B,G,C,E]
+    """q [B,H,T,D]  k_cache [B,G,C,D]  v_cache [B,G,C,E], with block_table [B,n] int32 [pages,G,page,D|E]
     k, v: T new keys, written at cache_seqlens [B] int32 (length before the append)
     rotary_cos, rotary_sin [positions, R/2], R <= D: rotates k at positions cache_seqlens + t, q at the last T."""
 

@@ -9,7 +9,9 @@ static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle 
                                    py::handle k, py::handle v, py::handle cache_seqlens,
                                    py::handle rotary_cos, py::handle rotary_sin, py::handle out,
                                    py::handle lse, bool causal, double scale,
-                                   bool rotary_interleaved) {
+                                   bool rotary_interleaved, int64_t left, int64_t right,
+                                   double softcap, py::handle alibi_slopes, py::handle sinks,
+                                   py::handle block_table) {
   const Borrowed q_(q, kOp, "q"), k_cache_(k_cache, kOp, "k_cache"),
       v_cache_(v_cache, kOp, "v_cache");
   const Optional k_(k, kOp, "k"), v_(v, kOp, "v");
@@ -17,9 +19,17 @@ static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle 
   const Optional rotary_cos_(rotary_cos, kOp, "rotary_cos"),
       rotary_sin_(rotary_sin, kOp, "rotary_sin");
   const Borrowed out_(out, kOp, "out"), lse_(lse, kOp, "lse");
-  const DecodeForward op{
-      q_,          k_cache_, v_cache_, k_,     v_,    cache_seqlens_,    rotary_cos_,
-      rotary_sin_, out_,     lse_,     causal, scale, rotary_interleaved};
+  const Optional table_(block_table, kOp, "block_table"),
+      slopes_(alibi_slopes, kOp, "alibi_slopes"), sinks_(sinks, kOp, "sinks");
+  DecodeForward op;
+  op.q = q_, op.k_cache = k_cache_, op.v_cache = v_cache_, op.k = k_, op.v = v_;
+  op.cache_seqlens = cache_seqlens_, op.block_table = table_;
+  op.rotary_cos = rotary_cos_, op.rotary_sin = rotary_sin_;
+  op.rotary_interleaved = rotary_interleaved;
+  op.alibi_slopes = slopes_, op.sinks = sinks_;
+  op.out = out_, op.lse = lse_;
+  op.left = left, op.right = causal && right >= -1 ? 0 : right;
+  op.scale = scale, op.softcap = softcap;
   PYKERN_RUN(attention_with_kvcache, op, op.q);
 }
 
@@ -27,7 +37,10 @@ void bind_decode(py::module_& m) {
   using py::arg;
   m.def("attention_with_kvcache", attention_with_kvcache, arg("q"), arg("k_cache"), arg("v_cache"),
         arg("k"), arg("v"), arg("cache_seqlens"), arg("rotary_cos"), arg("rotary_sin"), arg("out"),
-        arg("lse"), py::kw_only(), arg("causal"), arg("scale"), arg("rotary_interleaved"));
+        arg("lse"), py::kw_only(), arg("causal"), arg("scale"), arg("rotary_interleaved"),
+        arg("window_left") = -1, arg("window_right") = -1, arg("softcap") = 0.0,
+        arg("alibi_slopes") = py::none(), arg("sinks") = py::none(),
+        arg("block_table") = py::none());
 }
 
 }  // namespace pykern

@@ -25,21 +25,20 @@ struct Left {
 // all 0; see(i, k) tells whether row i takes part in number k of the sum; hide is set when B has
 // numbers that a row must not touch.
 template <class T, class Span, class See>
-static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, const Compute<T>* b,
+static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, Right<T> b,
                        int64_t count, int64_t run, const Span& span, bool hide,
                        Compute<T>* hidden, const See& see) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int W = kTileColumns<T>, R = kTileRows;
-  const int64_t panel = units<T>(count) * W;
   const auto add_products = [&](auto tile_rows, int i0, int64_t begin, int64_t end, int64_t column,
-                                const C* rows_of_b) {
+                                const C* rows_of_b, int64_t b_unit) {
     constexpr int n = tile_rows.value;
     for (int64_t u = begin; u < end;) {
       const int64_t stop = u / run * run + run < end ? u / run * run + run : end;
       V acc[n][kTileVectors] = {};
       multiply_tile<T, n, kTileVectors>(stop - u, a.data + i0 * a.row + u * a.unit, a.row, a.unit,
-                                        rows_of_b + u * W, W, acc);
+                                        rows_of_b + u * b_unit, b_unit, acc);
       for (int i = 0; i < n; ++i)
         for (int j = 0; j < kTileVectors; ++j) {
           C* to = c + (i0 + i) * width + column + j * V::lanes;
@@ -55,37 +54,74 @@ static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, const 
     if constexpr (!kFused) begin = begin / 16 * 16;  // where the runs of multiply_tile begin
     if (begin >= end) continue;
     for (int64_t column = 0; column < width; column += W) {
-      const C* rows_of_b = b + column / W * panel;
+      const C* rows_of_b = b.data + column / W * b.panel;
       if (!hide) {
         with_rows(n, [&](auto tile_rows) {
-          add_products(tile_rows, i, begin, end, column, rows_of_b);
+          add_products(tile_rows, i, begin, end, column, rows_of_b, b.unit);
         });
         continue;
       }
       for (int one = i; one < i + n; ++one) {
-        hide_rows<T>(hidden, rows_of_b, count, [&](int64_t k) { return see(one, k); });
-        add_products(Rows<1>{}, one, begin, end, column, hidden);
+        hide_rows<T>(hidden, rows_of_b, b.unit, units<T>(count),
+                     [&](int64_t k) { return see(one, k); });
+        add_products(Rows<1>{}, one, begin, end, column, hidden, W);
       }
     }
   }
 }
 
-// The queries that may see a key of [first, last]: [begin, end).
+// The queries that may see a key of [first, last]: [begin, end), begin being even, so that pairs of
+// rows are the same for every tile.
 template <class T>
 static void queries_of(const Group<T>& x, int64_t first, int64_t last, int64_t& begin,
                        int64_t& end) {
   const int64_t shift = x.S - x.T_;  // query t sits on key t + shift
   begin = x.right < 0 ? 0 : first - x.right - shift;
   end = x.left < 0 ? x.T_ : last + x.left - shift + 1;
-  begin = begin < 0 ? 0 : begin;
+  begin = begin < 0 ? 0 : begin / 2 * 2;
   end = end > x.T_ ? x.T_ : end;
 }
+
+// q and dout of a group as right operands: in place, or packed once for all tiles.
+template <class T>
+struct QueryRows {
+  Compute<T>*q = nullptr, *dout = nullptr;  // [heads] operands of T rows, or null: in place
+
+  static int64_t size(int64_t T_, int64_t width) {
+    return rows_in_place<T>(width)
+               ? 0
+               : units<T>(T_) * round_up(width, kTileColumns<T>) + Vec<Compute<T>>::lanes;
+  }
+  void pack(const BackwardGroup<T>& x) {
+    for (int64_t h = 0; h < x.heads; ++h) {
+      if (size(x.T_, x.D))
+        right_rows<T>(x.q.at(h, 0), x.q.row, x.T_, x.D, q + h * size(x.T_, x.D));
+      if (size(x.T_, x.E))
+        right_rows<T>(x.dout.at(h, 0), x.dout.row, x.T_, x.E, dout + h * size(x.T_, x.E));
+    }
+  }
+  Right<T> q_rows(const BackwardGroup<T>& x, int64_t h, int64_t t) const {
+    return at(x.q, x.D, x.T_, q, h, t);
+  }
+  Right<T> dout_rows(const BackwardGroup<T>& x, int64_t h, int64_t t) const {
+    return at(x.dout, x.E, x.T_, dout, h, t);
+  }
+
+ private:
+  static Right<T> at(const RowList<const T>& rows, int64_t width, int64_t T_,
+                     const Compute<T>* packed, int64_t h, int64_t t) {
+    constexpr int W = kTileColumns<T>;
+    if (rows_in_place<T>(width))
+      return {reinterpret_cast<const Compute<T>*>(rows.at(h, t)), rows.row, W};
+    return {packed + h * size(T_, width) + t / kUnit<T> * W, W, units<T>(T_) * W};
+  }
+};
 
 // Gradients of the keys of the tiles first_tile, first_tile + step, ..., written; dq [heads, T,
 // D_padded] of the whole group, added, once per tile.
 template <class T>
 static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t step,
-                          BackwardMemory<T>& memory, Compute<T>* dq, T* dk, int64_t dk_row, T* dv,
+                          BackwardMemory<T>& memory, const QueryRows<T>& queries, Compute<T>* dq, T* dk, int64_t dk_row, T* dv,
                           int64_t dv_row, double scale) {
   using C = Compute<T>;
   const int64_t D_padded = memory.D_padded, E_padded = memory.E_padded;
@@ -93,7 +129,8 @@ static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t
   for (int64_t tile = first_tile; tile * kKeys < x.S; tile += step) {
     const int64_t first = tile * kKeys;
     const int keys = static_cast<int>(x.S - first < kKeys ? x.S - first : kKeys);
-    bool packed = false, k_finite = true;
+    bool packed = false;
+    Right<T> k_rows = {};
     for (int64_t i = 0; i < kKeys * D_padded; ++i) memory.dk[i] = C(0);
     for (int64_t i = 0; i < kKeys * E_padded; ++i) memory.dv[i] = C(0);
 
@@ -108,13 +145,15 @@ static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t
           const T *k = x.k + first * x.k_row, *v = x.v + first * x.v_row;
           pack_keys<T>(memory.k_columns, k, x.k_row, keys, x.D);
           pack_keys<T>(memory.v_columns, v, x.v_row, keys, x.E);
-          k_finite = pack_rows<T>(memory.k_rows, k, x.k_row, keys, x.D);
+          k_rows = right_rows<T>(k, x.k_row, keys, x.D, memory.k_rows);
           packed = true;
         }
         weights_chunk<T>(x, h, t0, rows, first, sight, memory);
-        const bool q_finite = pack_rows<T>(memory.q_rows, x.q.at(h, t0), x.q.row, rows, x.D);
-        const bool dout_finite =
-            pack_rows<T>(memory.dout_rows, x.dout.at(h, t0), x.dout.row, rows, x.E);
+        const Right<T> q_rows = queries.q_rows(x, h, t0), dout_rows = queries.dout_rows(x, h, t0);
+        const int64_t row_units = units<T>(rows);
+        const auto hides = [&](const Right<T>& b, int64_t count, int64_t width) {
+          return sight.partial && !all_finite<T>(b, count, width);
+        };
         const auto key_sees = [&](int64_t key, int64_t row) {
           return sight.words[row] >> key & 1;
         };
@@ -130,14 +169,13 @@ static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t
           begin = any == 0 ? 0 : __builtin_ctzll(any) / kUnit<T>;
           end = any == 0 ? 0 : units<T>(64 - __builtin_clzll(any));
         };
-        accumulate<T>(memory.dv, kKeys, E_padded, {memory.p_pairs, 1, kKeys}, memory.dout_rows,
-                      rows, kRun, rows_seeing, sight.partial && !dout_finite, memory.hidden,
-                      key_sees);
-        accumulate<T>(memory.dk, kKeys, D_padded, {memory.ds_pairs, 1, kKeys}, memory.q_rows, rows,
-                      kRun, rows_seeing, sight.partial && !q_finite, memory.hidden, key_sees);
+        accumulate<T>(memory.dv, kKeys, E_padded, {memory.p_pairs, 1, kKeys}, dout_rows, rows, kRun,
+                      rows_seeing, hides(dout_rows, row_units, E_padded), memory.hidden, key_sees);
+        accumulate<T>(memory.dk, kKeys, D_padded, {memory.ds_pairs, 1, kKeys}, q_rows, rows, kRun,
+                      rows_seeing, hides(q_rows, row_units, D_padded), memory.hidden, key_sees);
         accumulate<T>(dq + (h * x.T_ + t0) * D_padded, rows, D_padded,
-                      {memory.ds_rows, kKeys / kUnit<T>, 1}, memory.k_rows, keys, kKeys, keys_seen,
-                      sight.partial && !k_finite, memory.hidden, row_sees);
+                      {memory.ds_rows, kKeys / kUnit<T>, 1}, k_rows, keys, kKeys, keys_seen,
+                      hides(k_rows, units<T>(keys), D_padded), memory.hidden, row_sees);
       }
     for (int64_t key = 0; key < keys; ++key) {
       each_vector<C>(x.D, [&](int64_t i, int n) {
@@ -276,18 +314,28 @@ static Status backward(const AttentionBackward& op, int threads) {
 
   const Scratch all_facts(op.q.size[0] * H * op.q.size[2] * sizeof(RowFacts<C>));
   const Scratch scratch(BackwardMemory<T>::bytes(D, E), threads);
+  const int64_t q_size = heads * QueryRows<T>::size(most_queries, D);
+  const int64_t dout_size = heads * QueryRows<T>::size(most_queries, E);
+  const Scratch packed((q_size + dout_size) * sizeof(C), shared ? 1 : threads);
   const Scratch dqs(dq_size * sizeof(C), shared ? chains : summed ? 2 * threads : threads);
-  if (!all_facts.ok() || !scratch.ok() || !dqs.ok()) return Status::out_of_memory;
+  if (!all_facts.ok() || !scratch.ok() || !packed.ok() || !dqs.ok()) return Status::out_of_memory;
   RowFacts<C>* facts = all_facts.template at<RowFacts<C>>();
   row_facts<T>(op, facts, threads);
 
-  const auto keys_of = [&](int64_t pair, int64_t chain, int64_t step, int slot, int thread) {
+  const auto pack_queries = [&](int64_t pair, int block) {
+    C* memory = packed.at<C>(block);
+    QueryRows<T> queries = {memory, memory + q_size};
+    queries.pack(backward_group<T>(op, facts, pair / G, pair % G));
+    return queries;
+  };
+  const auto keys_of = [&](int64_t pair, const QueryRows<T>& queries, int64_t chain, int64_t step,
+                           int slot, int thread) {
     const int64_t b = pair / G, g = pair % G;
     const Place at = place_of(op, b);
     BackwardMemory<T> memory(D, E, scratch.at<char>(thread));
     C* dq = dqs.template at<C>(slot);
     for (int64_t i = 0; i < heads * at.queries * D_padded; ++i) dq[i] = C(0);
-    backward_keys<T>(backward_group<T>(op, facts, b, g), chain, step, memory, dq,
+    backward_keys<T>(backward_group<T>(op, facts, b, g), chain, step, memory, queries, dq,
                      row_at<T>(op.dk, at.batch, g, at.k_row), op.dk.stride[2],
                      row_at<T>(op.dv, at.batch, g, at.k_row), op.dv.stride[2], op.scale);
   };
@@ -307,8 +355,9 @@ static Status backward(const AttentionBackward& op, int threads) {
 
   if (shared) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
+      const QueryRows<T> queries = pack_queries(pair, 0);
       parallel_for(chains, threads, [&](int64_t chain, int thread) {
-        keys_of(pair, chain, kChains, static_cast<int>(chain), thread);
+        keys_of(pair, queries, chain, kChains, static_cast<int>(chain), thread);
       });
       parallel_rows(heads * place_of(op, pair / G).queries, 64, threads,
                     [&](int64_t first, int64_t last, int) { write_dq(pair, first, last, chains, 0); });
@@ -316,15 +365,16 @@ static Status backward(const AttentionBackward& op, int threads) {
   } else {
     parallel_for(pairs, threads, [&](int64_t pair, int thread) {
       const int64_t rows = heads * place_of(op, pair / G).queries;
+      const QueryRows<T> queries = pack_queries(pair, thread);
       if (summed) {
         C *sum = dqs.template at<C>(thread), *part = dqs.template at<C>(threads + thread);
         for (int64_t i = 0; i < rows * D_padded; ++i) sum[i] = C(0);
         for (int chain = 0; chain < kChains; ++chain) {
-          keys_of(pair, chain, kChains, threads + thread, thread);
+          keys_of(pair, queries, chain, kChains, threads + thread, thread);
           for (int64_t i = 0; i < rows * D_padded; ++i) sum[i] += part[i];
         }
       } else {
-        keys_of(pair, 0, 1, thread, thread);
+        keys_of(pair, queries, 0, 1, thread, thread);
       }
       write_dq(pair, 0, rows, 1, thread);
     });

@@ -101,7 +101,7 @@ static bool look(const Group<T>& x, int64_t first, Strip<T>& strip) {
   return true;
 }
 
-// bias, in base 2, of the tile as [key][query]; a bias of -inf hides its key.
+// bias of the tile as [key][query]; a bias of -inf hides its key.
 template <class T>
 static void bias_columns(const Group<T>& x, int64_t first, int keys, Strip<T>& strip,
                          Compute<T>* out) {
@@ -162,7 +162,7 @@ template <class T, int NV>
           y = fma(load(strip.slope + at), distance, y);
         }
         if (x.bias)
-          y = fma(load(memory.bias + (key + i) * Q + at), V::splat(static_cast<C>(kLog2E)), y);
+          y = add_bias(load(memory.bias + (key + i) * Q + at), y);
         if (strip.partial)
           y = select(Strip<T>::lanes(strip.seen, key + i, j0 + j), y, V::splat(-INFINITY));
         top[j] = max(top[j], y);
@@ -178,11 +178,11 @@ template <class T>
 static Operand<T> value_rows(const Group<T>& x, int64_t first, int keys,
                              const ColumnMemory<T>& memory) {
   using C = Compute<T>;
-  const T* rows = x.v + first * x.v_row;
-  if constexpr (sizeof(T) == sizeof(C)) return {reinterpret_cast<const C*>(rows), x.v_row};
+  const TileRows<T> rows = tile_values(x, first, keys, memory.page_v);
+  if constexpr (sizeof(T) == sizeof(C)) return {reinterpret_cast<const C*>(rows.data), rows.row};
   for (int key = 0; key < keys; key += kUnit<T>) {
-    const T* row = rows + key * x.v_row;
-    const T* next = key + 1 < keys ? row + x.v_row : nullptr;
+    const T* row = rows.data + key * rows.row;
+    const T* next = key + 1 < keys ? row + rows.row : nullptr;
     for (int64_t e = 0; e < x.E; e += Vec<C>::lanes)
       store(memory.values + key / kUnit<T> * x.E + e,
             load_lanes<T>(row + e, next ? next + e : nullptr, x.E - e));
@@ -437,7 +437,8 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
       if (!look(x, first, strip)) continue;
       memory.select(i);
       if (!packed) {
-        k = unit_rows<T>(x.k + first * x.k_row, x.k_row, keys, kKeyRows, x.D, memory.keys);
+        const TileRows<T> rows = tile_keys(x, first, keys, memory.page_k);
+        k = unit_rows<T>(rows.data, rows.row, keys, kKeyRows, x.D, memory.keys);
         v = value_rows(x, first, keys, memory);
         packed = true;
       }

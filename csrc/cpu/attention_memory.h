@@ -59,7 +59,7 @@ template <class T>
 struct RowArrays {
   using C = Compute<T>;
   static constexpr int W = kTileColumns<T>, R = kTileRows;
-  C *q, *keys, *values, *hidden, *s, *p, *out, *m, *l;
+  C *q, *keys, *values, *page_k, *page_v, *hidden, *s, *p, *out, *m, *l;
   int64_t strip, E_padded;
   T* gathered;
 
@@ -71,6 +71,8 @@ struct RowArrays {
     q = take(rows / R * strip);
     keys = take(units<T>(D) * kKeys);
     values = take(units<T>(kKeys) * E_padded + Vec<C>::lanes);
+    page_k = take(kKeys * D);
+    page_v = take(kKeys * E);
     hidden = take(units<T>(kKeys) * W);
     s = take(R * kKeys);
     p = take(R * kKeys);
@@ -88,7 +90,7 @@ template <class T>
 struct ColumnArrays {
   using C = Compute<T>;
   static constexpr int L = Vec<C>::lanes, Q = kStripVectors * L, strips = kBlockRows / Q;
-  C *q, *keys, *values, *s, *p, *bias, *top, *rescale, *out, *ms, *ls;
+  C *q, *keys, *values, *page_k, *page_v, *s, *p, *bias, *top, *rescale, *out, *ms, *ls;
   C *strip_q, *strip_out, *m, *l;  // of the strip that is selected
   int64_t q_size, out_size;
   T* gathered;
@@ -99,6 +101,8 @@ struct ColumnArrays {
     q = take(strips * q_size);
     keys = take(kKeys * units<T>(D) + L);
     values = take(units<T>(kKeys) * E + L);
+    page_k = take(kKeys * D);
+    page_v = take(kKeys * E);
     s = take(kKeys * Q);
     p = kPaired<T> ? take(kKeys / 2 * Q) : s;  // weights replace scores
     bias = take(kKeys * Q);

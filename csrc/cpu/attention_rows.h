@@ -76,9 +76,10 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
 
   for (int64_t first = first_key / kKeys * kKeys; first < last_key; first += kKeys) {
     const int64_t keys = last_key - first < kKeys ? last_key - first : kKeys;
-    pack_keys<T>(memory.keys, x.k + first * x.k_row, x.k_row, keys, x.D);
-    const bool finite = pack_rows<T>(memory.values, x.v + first * x.v_row, x.v_row, keys, x.E);
-    const int64_t v_panel = units<T>(keys) * W;
+    const TileRows<T> k = tile_keys(x, first, keys, memory.page_k);
+    const TileRows<T> v = tile_values(x, first, keys, memory.page_v);
+    pack_keys<T>(memory.keys, k.data, k.row, keys, x.D);
+    const Right<T> values = right_rows<T>(v.data, v.row, keys, x.E, memory.values);
 
     for (int64_t i0 = 0; i0 < rows; i0 += R) {
       const int n = rows - i0 < R ? static_cast<int>(rows - i0) : R;
@@ -107,16 +108,19 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
                                      memory.l + i0 + i);
           all &= words[i];
         }
-        const bool hide = !finite && all != low_bits(keys);
+        const bool hide =
+            all != low_bits(keys) && !all_finite<T>(values, units<T>(keys), E_padded);
         for (int64_t e = 0; e < E_padded; e += W) {
-          const C* panel = memory.values + e / W * v_panel;
+          const C* panel = values.data + e / W * values.panel;
           V acc[n][kTileVectors] = {};
           if (!hide) {
-            multiply_tile<T, n, kTileVectors>(units<T>(keys), memory.p, p_row, 1, panel, W, acc);
+            multiply_tile<T, n, kTileVectors>(units<T>(keys), memory.p, p_row, 1, panel,
+                                              values.unit, acc);
           } else {
             for (int i = 0; i < n; ++i) {
               const uint64_t word = words[i];
-              hide_rows<T>(memory.hidden, panel, keys, [&](int64_t k) { return word >> k & 1; });
+              hide_rows<T>(memory.hidden, panel, values.unit, units<T>(keys),
+                           [&](int64_t k) { return word >> k & 1; });
               V row[1][kTileVectors] = {};
               multiply_tile<T, 1, kTileVectors>(units<T>(keys), memory.p + i * p_row, p_row, 1,
                                                 memory.hidden, W, row);

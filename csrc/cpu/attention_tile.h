@@ -33,6 +33,8 @@ struct Group {
   const T* k;
   const T* v;
   int64_t k_row, v_row;
+  const int32_t* pages;  // null: keys lie in order; else key s is row s % page of page s / page
+  int64_t pages_step, page, k_page, v_page;
   const uint8_t* mask;  // null: none; element (h, t, s) by strides
   int64_t mask_head, mask_row, mask_key;
   const T* bias;
@@ -159,6 +161,17 @@ template <class T>
   return x.cap == 0 ? y : V::splat(x.cap) * tanh(y);
 }
 
+// A bias in base 2 is added as b log2 e; the least finite numbers, which serve as masks, would
+// become -infinity. This is as low as it may be.
+template <class C>
+constexpr C kLeastBias = static_cast<C>(sizeof(C) == 4 ? -2.3e38 : -1.2e308);
+
+// score + bias, in base 2
+template <class C>
+static inline Vec<C> add_bias(Vec<C> bias, Vec<C> score) {
+  return fma(max(bias, Vec<C>::splat(kLeastBias<C>)), Vec<C>::splat(static_cast<C>(kLog2E)), score);
+}
+
 // n bias numbers of a row from key s on
 template <class T>
 static inline Vec<Compute<T>> bias_lanes(const Group<T>& x, const T* row, int64_t s, int n) {
@@ -205,7 +218,7 @@ template <class T>
       if (left > 0)
         b = bias_lanes(x, row, first + i * V::lanes,
                        left < V::lanes ? static_cast<int>(left) : V::lanes);
-      y[i] = fma(b, V::splat(static_cast<C>(kLog2E)), y[i]);
+      y[i] = add_bias(b, y[i]);
       word &= ~(bits_of(b == hidden) << (i * V::lanes));
     }
   }
@@ -216,6 +229,34 @@ template <class T>
 
 static inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
+}
+
+// Rows of a tile of keys or values: in place, or copied together from their pages.
+template <class T>
+struct TileRows {
+  const T* data;
+  int64_t row;
+};
+template <class T>
+static TileRows<T> tile_rows(const Group<T>& x, const T* base, int64_t row, int64_t page_stride,
+                             int64_t first, int64_t count, int64_t width, Compute<T>* memory) {
+  if (!x.pages) return {base + first * row, row};
+  const auto place = [&](int64_t key) {
+    return base + x.pages[key / x.page * x.pages_step] * page_stride + key % x.page * row;
+  };
+  if (first % x.page + count <= x.page) return {place(first), row};
+  T* copy = reinterpret_cast<T*>(memory);
+  for (int64_t i = 0; i < count; ++i) memcpy(copy + i * width, place(first + i), width * sizeof(T));
+  return {copy, width};
+}
+template <class T>
+static TileRows<T> tile_keys(const Group<T>& x, int64_t first, int64_t count, Compute<T>* memory) {
+  return tile_rows(x, x.k, x.k_row, x.k_page, first, count, x.D, memory);
+}
+template <class T>
+static TileRows<T> tile_values(const Group<T>& x, int64_t first, int64_t count,
+                               Compute<T>* memory) {
+  return tile_rows(x, x.v, x.v_row, x.v_page, first, count, x.E, memory);
 }
 
 // Keys as columns: panels of [units(width)][W] over the 64 keys of a tile.
@@ -232,20 +273,47 @@ static void pack_keys(Compute<T>* out, const T* rows, int64_t row, int64_t count
   }
 }
 
-// Rows as they are: panels of [units(count)][W] over the width, for a sum over the rows. Returns
-// false when some number is not finite: 0 times it would be NaN.
+// The right operand of a sum over rows: number (unit u, column i) at data[u unit + i / W panel +
+// i % W], W = kTileColumns; whole panels may be read.
 template <class T>
-static bool pack_rows(Compute<T>* out, const T* rows, int64_t row, int64_t count, int64_t width) {
+struct Right {
+  const Compute<T>* data;
+  int64_t unit, panel;
+  Right from(int64_t u) const { return {data + u * unit, unit, panel}; }
+};
+
+// Rows whose numbers serve as such an operand where they are.
+template <class T>
+static bool rows_in_place(int64_t width) {
+  return sizeof(T) == sizeof(Compute<T>) && width % kTileColumns<T> == 0;
+}
+
+// Rows as a right operand: where they are, or packed into `copy`.
+template <class T>
+static Right<T> right_rows(const T* rows, int64_t row, int64_t count, int64_t width,
+                           Compute<T>* copy) {
+  constexpr int W = kTileColumns<T>;
+  if (rows_in_place<T>(width)) return {reinterpret_cast<const Compute<T>*>(rows), row, W};
+  const int64_t panel = units<T>(count) * W;
+  for (int64_t first = 0; first < width; first += W) {
+    const int64_t left = width - first;
+    pack<T>(copy + first / W * panel, W, {rows + first, 1, row},
+            left < W ? static_cast<int>(left) : W, left, count);
+  }
+  return {copy, W, panel};
+}
+
+// Units [0, count) of an operand of whole panels: 0 times infinity or NaN would be NaN.
+template <class T>
+static bool all_finite(const Right<T>& b, int64_t count, int64_t width) {
   using V = Vec<Compute<T>>;
   constexpr int W = kTileColumns<T>;
-  const int64_t panel = units<T>(count) * W;
   V probe = V::zero();
-  for (int64_t first = 0; first < width; first += W, out += panel) {
-    const int64_t left = width - first;
-    pack<T>(out, W, {rows + first, 1, row}, left < W ? static_cast<int>(left) : W, left, count);
-    for (int64_t i = 0; i < panel; i += V::lanes)
-      probe = multiply_add<T>(probe, load(out + i), V::zero());
-  }
+  for (int64_t column = 0; column < width; column += W)
+    for (int64_t u = 0; u < count; ++u)
+      for (int i = 0; i < W; i += V::lanes)
+        probe = multiply_add<T>(probe, load(b.data + u * b.unit + column / W * b.panel + i),
+                                V::zero());
   return bits_of(probe != probe) == 0;
 }
 
@@ -294,14 +362,14 @@ static inline Compute<T> hide_unit(Compute<T> number, int64_t u, const See& see)
   }
 }
 
-// A copy of a panel in which the numbers that see(k) refuses are 0, for a row that does not see
-// them while a tile mate does. Only for panels with numbers that are not finite.
+// A copy of a panel, its units W apart, in which the numbers that see(k) refuses are 0: for a row
+// that does not see them while a tile mate does. Only for panels with numbers that are not finite.
 template <class T, class See>
-[[gnu::noinline]] static void hide_rows(Compute<T>* out, const Compute<T>* panel, int64_t count,
-                                        const See& see) {
+[[gnu::noinline]] static void hide_rows(Compute<T>* out, const Compute<T>* panel, int64_t unit,
+                                        int64_t count, const See& see) {
   constexpr int W = kTileColumns<T>;
-  for (int64_t u = 0; u < units<T>(count); ++u)
-    for (int i = 0; i < W; ++i) out[u * W + i] = hide_unit<T>(panel[u * W + i], u, see);
+  for (int64_t u = 0; u < count; ++u)
+    for (int i = 0; i < W; ++i) out[u * W + i] = hide_unit<T>(panel[u * unit + i], u, see);
 }
 
 }  // namespace

@@ -29,8 +29,7 @@ struct BackwardArrays {
   static constexpr int W = kTileColumns<T>;
   // of a tile of keys: columns of k and v, rows of k; sums of dk and dv
   C *k_columns, *v_columns, *k_rows, *dk, *dv;
-  // of a chunk of query rows: q and dout along their width, and as rows for a sum over the rows
-  C *q_units, *dout_units, *q_rows, *dout_rows;
+  C *q_units, *dout_units;  // of a chunk of query rows, along their width
   // P and dS over the tile, [rows][64]; as operands: dS along the keys, Z P and dS along the rows
   C *p, *ds, *ds_rows, *p_pairs, *ds_pairs, *hidden;
   int64_t D_padded, E_padded;
@@ -46,8 +45,6 @@ struct BackwardArrays {
     dv = take(kKeys * E_padded);
     q_units = take(kChunkRows * units<T>(D) + L);
     dout_units = take(kChunkRows * units<T>(E) + L);
-    q_rows = take(units<T>(kChunkRows) * D_padded + L);
-    dout_rows = take(units<T>(kChunkRows) * E_padded + L);
     p = take(kChunkRows * kKeys);
     ds = take(kChunkRows * kKeys);
     if constexpr (kPaired<T>) {

@@ -13,6 +13,18 @@ static int64_t length_of(const DecodeForward& op, int64_t b) {
   return static_cast<const int32_t*>(op.cache_seqlens.data)[b * op.cache_seqlens.stride[0]];
 }
 
+// Where key s of sequence b is stored: the batch or page, and the row in it.
+struct Slot {
+  int64_t batch, row;
+};
+static Slot slot_of(const DecodeForward& op, int64_t b, int64_t s) {
+  if (!op.block_table.given) return {b, s};
+  const Tensor& table = op.block_table;
+  const int64_t page = op.k_cache.size[2];
+  const int64_t at = b * table.stride[0] + s / page * table.stride[1];
+  return {static_cast<const int32_t*>(table.data)[at], s % page};
+}
+
 // to = from [D], rotated to its position when there is a rotary table
 template <class T>
 static void rotate_to(const DecodeForward& op, const T* from, int64_t position, int64_t D, T* to) {
@@ -42,12 +54,38 @@ static void append(const DecodeForward& op, int threads) {
   parallel_for(B * G, threads, [&](int64_t task, int) {
     const int64_t b = task / G, g = task % G, length = length_of(op, b);
     for (int64_t n = 0; n < N; ++n) {
+      const auto [batch, slot] = slot_of(op, b, length + n);
       rotate_to<T>(op, row_at<const T>(op.k, b, g, n), length + n, D,
-                   row_at<T>(op.k_cache, b, g, length + n));
-      memcpy(row_at<T>(op.v_cache, b, g, length + n), row_at<const T>(op.v, b, g, n),
-             E * sizeof(T));
+                   row_at<T>(op.k_cache, batch, g, slot));
+      memcpy(row_at<T>(op.v_cache, batch, g, slot), row_at<const T>(op.v, b, g, n), E * sizeof(T));
     }
   });
+}
+
+// The query heads of key head g in sequence b, which holds S keys.
+template <class T>
+static Group<T> group_of_cache(const DecodeForward& op, int64_t b, int64_t g, int64_t S) {
+  Group<T> x = {};
+  x.heads = op.q.size[1] / op.k_cache.size[1], x.T_ = op.q.size[2], x.S = S;
+  x.D = op.q.size[3], x.E = op.v_cache.size[3];
+  const int64_t h = g * x.heads, batch = op.block_table.given ? 0 : b;
+  x.q = {row_at<const T>(op.q, b, h, 0), op.q.stride[1], op.q.stride[2]};
+  x.k = row_at<const T>(op.k_cache, batch, g, 0), x.k_row = op.k_cache.stride[2];
+  x.v = row_at<const T>(op.v_cache, batch, g, 0), x.v_row = op.v_cache.stride[2];
+  if (op.block_table.given) {
+    x.pages = static_cast<const int32_t*>(op.block_table.data) + b * op.block_table.stride[0];
+    x.pages_step = op.block_table.stride[1], x.page = op.k_cache.size[2];
+    x.k_page = op.k_cache.stride[0], x.v_page = op.v_cache.stride[0];
+  }
+  if (op.alibi_slopes.given)
+    x.slopes = static_cast<const float*>(op.alibi_slopes.data) + b * op.alibi_slopes.stride[0] +
+               h * op.alibi_slopes.stride[1];
+  x.slope_head = op.alibi_slopes.stride[1];
+  if (op.sinks.given) x.sinks = static_cast<const T*>(op.sinks.data) + h * op.sinks.stride[0];
+  x.sink_head = op.sinks.stride[0];
+  x.left = op.left, x.right = op.right;
+  set_scores(x, op.scale, op.softcap);
+  return x;
 }
 
 template <class T>
@@ -66,14 +104,7 @@ static Status forward(const DecodeForward& op, int threads) {
     const int64_t b = task / blocks / G, g = task / blocks % G, h = g * heads;
     const int64_t first = task % blocks * kBlockRows;
     const int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
-    Group<T> x = {};
-    x.heads = heads, x.T_ = T_, x.D = D, x.E = E;
-    x.S = length_of(op, b) + appended;
-    x.k = row_at<const T>(op.k_cache, b, g, 0), x.k_row = op.k_cache.stride[2];
-    x.v = row_at<const T>(op.v_cache, b, g, 0), x.v_row = op.v_cache.stride[2];
-    x.left = -1, x.right = op.causal ? 0 : -1;
-    set_scores(x, op.scale, 0);
-    x.q = {row_at<const T>(op.q, b, h, 0), op.q.stride[1], op.q.stride[2]};
+    Group<T> x = group_of_cache<T>(op, b, g, length_of(op, b) + appended);
     if (op.rotary_cos.given) {  // this block's queries, as if the whole group were contiguous
       T* q = rotated.at<T>(thread);
       for (int64_t r = first; r < last; ++r)

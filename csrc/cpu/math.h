@@ -23,18 +23,7 @@ static inline VecD power_of_two(VecD n) {
   return {(VecD::Reg)((__builtin_convertvector(n.r, Int) + 1023) << 52)};
 }
 
-// To the nearest integer. Adding and subtracting 1.5 * 2^(mantissa bits) rounds where no
-// instruction does.
-static inline VecF round(VecF x) {
-#if defined(__AVX512F__)
-  return {(VecF::Reg)_mm512_roundscale_ps((__m512)x.r, _MM_FROUND_TO_NEAREST_INT)};
-#elif defined(__AVX2__)
-  return {(VecF::Reg)_mm256_round_ps((__m256)x.r, _MM_FROUND_TO_NEAREST_INT)};
-#else
-  const VecF magic = VecF::splat(12582912.0f);
-  return {(x.r + magic.r) - magic.r};
-#endif
-}
+// To the nearest integer: adding and subtracting 1.5 * 2^(mantissa bits).
 static inline VecD round(VecD x) {
   const VecD magic = VecD::splat(6755399441055744.0);
   return {(x.r + magic.r) - magic.r};

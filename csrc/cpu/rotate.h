@@ -1,6 +1,7 @@
 // The rotation of one row by rope, wherever it happens: the bits are the same.
 #pragma once
 #include "cpu/rows.h"
+#include "cpu/transpose.h"
 
 PYKERN_BEGIN_ISA
 namespace {

@@ -5,7 +5,7 @@
 // A and B are packed in units: one number, or, where the ISA multiplies bf16, a pair of bf16 that
 // are neighbours along k, in the bits of a float.
 #pragma once
-#include "cpu/vec.h"
+#include "cpu/transpose.h"
 
 PYKERN_BEGIN_ISA
 namespace {

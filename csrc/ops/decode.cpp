@@ -8,8 +8,21 @@ namespace pykern {
 
 static constexpr Checker c{"attention_with_kvcache"};
 
+// The pages that sequence b, of `length` keys, uses.
+static void check_pages(const DecodeForward& op, int64_t b, int64_t length) {
+  const int64_t page = op.k_cache.size[2], pages = op.k_cache.size[0];
+  const Tensor& table = op.block_table;
+  for (int64_t i = 0; i * page < length; ++i) {
+    const int64_t at = static_cast<const int32_t*>(
+        table.data)[b * table.stride[0] + i * table.stride[1]];
+    PYKERN_CHECK(index, at >= 0 && at < pages, c.op, ": block_table[", b, ", ", i, "] is ", at,
+                 ", expected 0..", pages - 1);
+  }
+}
+
 static void check_lengths(const DecodeForward& op, int64_t appended) {
-  const int64_t B = op.q.size[0], T = op.q.size[2], capacity = op.k_cache.size[2];
+  const int64_t B = op.q.size[0], T = op.q.size[2];
+  const int64_t capacity = op.k_cache.size[2] * (op.block_table.given ? op.block_table.size[1] : 1);
   for (int64_t b = 0; b < B; ++b) {
     const int64_t length =
         static_cast<const int32_t*>(op.cache_seqlens.data)[b * op.cache_seqlens.stride[0]];
@@ -18,6 +31,7 @@ static void check_lengths(const DecodeForward& op, int64_t appended) {
     PYKERN_CHECK(value, length + appended <= capacity, c.op, ": the cache is full: sequence ", b,
                  " holds ", length, " keys and ", appended,
                  " are appended, but k_cache has room for ", capacity);
+    if (op.block_table.given) check_pages(op, b, length + appended);
     if (!op.rotary_cos.given) continue;
     const int64_t last = length + appended, first = last - T;
     PYKERN_CHECK(index, T + appended == 0 || (first >= 0 && last <= op.rotary_cos.size[0]), c.op,
@@ -30,7 +44,9 @@ void check(const DecodeForward& op) {
   const Arg q{"q", op.q}, k_cache{"k_cache", op.k_cache}, v_cache{"v_cache", op.v_cache};
   const Arg k{"k", op.k}, v{"v", op.v}, lengths{"cache_seqlens", op.cache_seqlens};
   const Arg cos{"rotary_cos", op.rotary_cos}, sin{"rotary_sin", op.rotary_sin};
-  const Arg out{"out", op.out}, lse{"lse", op.lse};
+  const Arg table{"block_table", op.block_table}, slopes{"alibi_slopes", op.alibi_slopes};
+  const Arg sinks{"sinks", op.sinks}, out{"out", op.out}, lse{"lse", op.lse};
+  const bool paged = op.block_table.given;
   c.floating(q);
   c.rank(q, 4, "[B, H, T, D]");
   c.rank(k_cache, 4, "[B, G, capacity, D]");
@@ -46,12 +62,33 @@ void check(const DecodeForward& op) {
                " heads, which is not a multiple of the ", G, " heads of k_cache");
   PYKERN_CHECK(value, D >= 1 && D <= 1024 && E <= 1024, c.op, ": head sizes ", D, " and ", E,
                " must be 1..1024");
-  const int64_t k_shape[] = {B, G, capacity, D}, v_shape[] = {B, G, capacity, E};
+  const int64_t rows = paged ? op.k_cache.size[0] : B;
+  const int64_t k_shape[] = {rows, G, capacity, D}, v_shape[] = {rows, G, capacity, E};
+  const int64_t new_k[] = {B, G, N, D}, new_v[] = {B, G, N, E};
   for (int i = 0; i < 4; ++i) {
     c.size(k_cache, i, k_shape[i], i == 3 ? "head size of q" : "batch of q");
     c.size(v_cache, i, v_shape[i], "that of q or k_cache");
-    c.size(k, i, i == 2 ? N : k_shape[i], "that of k_cache");
-    c.size(v, i, i == 2 ? N : v_shape[i], "that of k and v_cache");
+    c.size(k, i, new_k[i], i == 0 ? "batch of q" : "that of k_cache");
+    c.size(v, i, new_v[i], i == 0 ? "batch of q" : "that of k and v_cache");
+  }
+  if (paged) {
+    c.dtype(table, DType::i32);
+    c.same_device(table, q);
+    c.rank(table, 2, "[B, pages of a sequence]");
+    c.size(table, 0, B, "batch");
+    PYKERN_CHECK(value, capacity > 0, c.op, ": k_cache has pages of 0 keys");
+  }
+  if (op.alibi_slopes.given) {
+    c.dtype(slopes, DType::f32);
+    c.same_device(slopes, q);
+    c.rank(slopes, 2, "[B, H]");
+    c.size(slopes, 0, B, "batch");
+    c.size(slopes, 1, H, "heads of q");
+  }
+  if (op.sinks.given) {
+    c.same_dtype(sinks, q);
+    c.rank(sinks, 1, "[H]");
+    c.size(sinks, 0, H, "heads of q");
   }
   c.dtype(lengths, DType::i32);
   c.same_device(lengths, q);
@@ -80,9 +117,13 @@ void check(const DecodeForward& op) {
   c.rows_of(lse, q);
   for (const Arg& a : {q, k_cache, v_cache, k, v, cos, sin, out}) c.unit_last(a);
   for (const Arg& a : {k_cache, v_cache, out, lse}) c.output(a);
-  c.disjoint({k_cache, v_cache, out, lse}, {q, k, v, lengths, cos, sin});
+  c.disjoint({k_cache, v_cache, out, lse}, {q, k, v, lengths, cos, sin, table, slopes, sinks});
   PYKERN_CHECK(value, std::isfinite(op.scale), c.op, ": scale is ", op.scale,
                ", expected a finite number");
+  PYKERN_CHECK(value, std::isfinite(op.softcap) && op.softcap >= 0, c.op, ": softcap is ",
+               op.softcap, ", expected a positive number, or 0 for none");
+  PYKERN_CHECK(value, op.left >= -1 && op.right >= -1, c.op, ": window is (", op.left, ", ",
+               op.right, "), expected numbers of keys, or None for no limit");
   check_lengths(op, N);
 }
 

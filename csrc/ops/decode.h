@@ -4,8 +4,11 @@
 //   k [B, G, N, D]   v [B, G, N, E]         cache_seqlens [B]: keys in the cache before the append
 //   rotary_cos, rotary_sin [P, R/2]: rotate q (its last T positions) and k at their positions
 //
-// Sequence b then holds S = cache_seqlens[b] + N keys; causal: query t sees keys 0 .. S - T + t.
-// Slots behind S are never read.
+// Sequence b then holds S = cache_seqlens[b] + N keys. Scores, window, caps, slopes and sinks are
+// those of attention. Slots behind S are never read.
+//
+// Paged: with block_table [B, n] the caches are [pages, G, page, D | E], and key s of sequence b is
+// slot s % page of page block_table[b][s / page].
 #pragma once
 #include "core/tensor.h"
 
@@ -16,10 +19,13 @@ struct DecodeForward {
   Tensor k, v;
   Tensor cache_seqlens;
   Tensor rotary_cos, rotary_sin;
+  Tensor block_table;   // int32 [B, n]
+  Tensor alibi_slopes;  // float32, expanded to [B, H]
+  Tensor sinks;         // [H]
   Tensor out, lse;
-  bool causal;
-  double scale;
-  bool rotary_interleaved;
+  int64_t left = -1, right = -1;  // -1: unlimited
+  double scale = 1, softcap = 0;
+  bool rotary_interleaved = false;
 };
 
 void check(const DecodeForward& op);

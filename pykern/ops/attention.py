@@ -183,18 +183,18 @@ def check_layout(name: str, x: Tensor, layout: str) -> None:
         raise ValueError(f"attention: {name} must be {layout}, got shape {list(x.shape)}")
 
 
-def slopes_of(alibi_slopes: Tensor | None, sequences: int, heads: int) -> Tensor | None:
+def slopes_of(op: str, alibi_slopes: Tensor | None, sequences: int, heads: int) -> Tensor | None:
     """alibi_slopes [H] or [B, H] as [B, H]."""
     if alibi_slopes is None:
         return None
-    require_tensors("attention", alibi_slopes=alibi_slopes)
+    require_tensors(op, alibi_slopes=alibi_slopes)
     if tuple(alibi_slopes.shape) not in ((heads,), (sequences, heads)):
         raise ValueError(
-            f"attention: alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}] or "
+            f"{op}: alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}] or "
             f"[{sequences}, {heads}]"
         )
     if alibi_slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("attention: alibi_slopes takes no gradient; pass -slopes * distance as bias to learn them")
+        raise ValueError(f"{op}: alibi_slopes takes no gradient; pass -slopes * distance as bias to learn them")
     return alibi_slopes.expand(sequences, heads)
 
 
@@ -248,7 +248,7 @@ def attention(
     if sinks is not None:
         require_tensors("attention", sinks=sinks)
     sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-    slopes = slopes_of(alibi_slopes, sequences, q.shape[1])
+    slopes = slopes_of("attention", alibi_slopes, sequences, q.shape[1])
     mask, bias = rank4("mask", mask, q, k), rank4("bias", bias, q, k)
     q, k, v, bias, sinks = autocast("attention", q, k, v, bias, sinks)
     out, lse = _attention(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pykern.ops._library import _C, optional_tensors, require_tensors, unit_last
-from pykern.ops.attention import _results
+from pykern.ops.attention import _results, slopes_of, window_limits
 
 
 def attention_with_kvcache(
@@ -15,11 +15,16 @@ def attention_with_kvcache(
     v: Tensor | None = None,
     *,
     cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
     causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Writes k, v [B, G, N, D|E] into the caches at cache_seqlens, then attends: q [B, H, T, D] -> [B, H, T, E].
@@ -29,12 +34,16 @@ def attention_with_kvcache(
     keys; causal: query t sees keys 0 .. S - T + t. Slots behind S are never read.
     rotary_cos, rotary_sin [positions, R/2], R <= D, in q's dtype or float32: q and k are rotated to their positions
     first. One dtype: float32, float64, bfloat16 or float16. scale: 1 / sqrt(D) by default.
+    window, softcap, alibi_slopes and sinks: as in pykern.attention.
+    block_table int32 [B, n]: the caches are [pages, G, page, D|E], any page size, and key s of sequence b is slot
+    s % page of page block_table[b, s // page]; entries behind the last key are not looked at.
     Each row has the bits of the same row of pykern.attention(..., causal=True) over all keys.
     TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, overlap, a cache that is full (nothing is
-    written). IndexError: a length or position out of range. RuntimeError: an argument requires grad.
+    written). IndexError: a length, position or page out of range. RuntimeError: an argument requires grad.
     """
     require_tensors("attention_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
     optional_tensors("attention_with_kvcache", k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    optional_tensors("attention_with_kvcache", block_table=block_table, sinks=sinks)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
         raise RuntimeError(
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or detach its inputs"
@@ -46,6 +55,7 @@ def attention_with_kvcache(
     ):
         if x.dim() != 4:
             raise ValueError(f"attention_with_kvcache: {name} must be {layout}, got shape {list(x.shape)}")
+    left, right = window_limits("attention_with_kvcache", window, causal)
     out, lse = _results(q, v_cache)
     _C.attention_with_kvcache(
         unit_last(q),
@@ -61,6 +71,12 @@ def attention_with_kvcache(
         causal=causal,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         rotary_interleaved=rotary_interleaved,
+        window_left=left,
+        window_right=right,
+        softcap=0.0 if softcap is None else float(softcap),
+        alibi_slopes=slopes_of("attention_with_kvcache", alibi_slopes, q.shape[0], q.shape[1]),
+        sinks=sinks,
+        block_table=block_table,
     )
     if k is not None:
         torch.autograd.graph.increment_version([k_cache, v_cache])
