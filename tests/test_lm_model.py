@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from lm_models import POSITIONS, SHAPES, full_logits, make, random_ids
 
+from pykern import ops
 from pykern.lm import Config, Transformer
 from pykern.lm.model import expected_tensors
-from pykern.lm.positions import alibi, alibi_slopes, rotary, sinusoids, t5_buckets
+from pykern.lm.positions import rotary, sinusoids
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}  # float64, sums in another order, a few layers deep
 
@@ -197,20 +198,27 @@ def test_rotary_tables_start_anywhere():
     for whole, part in zip(rotary(0, 9, 6, like), rotary(4, 5, 6, like), strict=True):
         assert whole.shape == (9, 3) and torch.equal(whole[4:], part)
     assert torch.equal(sinusoids(0, 9, 5, like)[4:], sinusoids(4, 5, 5, like))
-    assert torch.equal(alibi(0, 9, 3, like)[:, 4:], alibi(4, 5, 3, like))
-    assert torch.equal(t5_buckets(0, 200, 32, like.device)[150:], t5_buckets(150, 50, 32, like.device))
 
 
-def test_alibi_slopes():
-    assert alibi_slopes(4).tolist() == [2**-2, 2**-4, 2**-6, 2**-8]
-    assert alibi_slopes(3).tolist() == [2**-4, 2**-8, 2**-2]
+@pytest.mark.parametrize("cached", [False, True])
+def test_alibi_makes_no_bias(cached, monkeypatch):
+    """Slopes reach the kernel; with a cache too, whose steps have the bits of the full pass."""
+    model, seen, attention = make(positions="alibi"), [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *a, **kw: seen.append(kw) or attention(*a, **kw))
+    if cached:
+        model.session().prefill(random_ids(1, 5))
+    else:
+        model(random_ids(2, 5))
+    assert len(seen) == 2 and all(kw["bias"] is None for kw in seen)
+    assert all(kw["alibi_slopes"].tolist() == [2**-2, 2**-4, 2**-6, 2**-8] for kw in seen)
 
 
-def test_t5_buckets():
-    buckets = t5_buckets(0, 300, 32, torch.device("cpu"))
-    assert buckets[299].flip(0)[:17].tolist() == list(range(17))
-    assert buckets[299, 299 - 127] == 31 and buckets[299, 0] == 31 and buckets[0, 5] == 0
-    assert buckets[299].flip(0).diff().ge(0).all()
+def test_dropout_falls_on_the_attention_weights(monkeypatch):
+    model, seen, attention = make(dropout=0.25), [], ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *a, **kw: seen.append(kw["dropout_p"]) or attention(*a, **kw))
+    model.train()(random_ids(2, 5))
+    model.eval()(random_ids(2, 5))
+    assert seen == [0.25, 0.25, 0.0, 0.0]
 
 
 # ---- refusals

@@ -5,11 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from nn_twins import CLOSE, assert_same_gradients, randn, randomise, same_module
 
-from pykern import nn, ops
-
-# float64 sums in another order: a few hundred roundings of 1.1e-16 on values of size 1.
-CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+from pykern import _C, nn, ops
 
 # name: (pykern module, torch twin, input shape)
 TWINS = {
@@ -49,37 +47,6 @@ TWINS = {
     ),
     "Sigmoid": (lambda **kw: nn.Sigmoid(), lambda **kw: torch.nn.Sigmoid(), (2, 3, 6)),
 }
-
-
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def randomise(module, seed=1):
-    """Gives every parameter random values, so that a weight of 1 or a bias of 0 cannot hide a mistake."""
-    with torch.no_grad():
-        for i, p in enumerate(module.parameters()):
-            p.copy_(randn(*p.shape, seed=seed + i))
-    return module
-
-
-def same_module(ours, theirs):
-    """Random weights in theirs, loaded by ours through the state dict."""
-    randomise(theirs)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-
-
-def assert_same_gradients(ours, theirs, our_inputs, their_inputs, our_out, their_out):
-    """Backward of the same random gradient: inputs and parameters agree."""
-    torch.testing.assert_close(our_out, their_out, **CLOSE)
-    seed = randn(*our_out.shape, seed=9)
-    (our_out * seed).sum().backward()
-    (their_out * seed).sum().backward()
-    for a, b in zip(our_inputs, their_inputs, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, **CLOSE)
-    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("case", TWINS)
@@ -200,80 +167,6 @@ def test_mlp_is_its_formula(activation, bias):
     torch.testing.assert_close(mlp(x, residual), linear("c_proj", h) + residual, **CLOSE)
 
 
-BLOCKED = torch.tensor(
-    [[False, True, True], [False, False, True], [False, True, False], [True, False, False]]
-)  # [T=4, S=3]
-
-# name: arguments of both forwards, for T=4 queries, S=3 keys, B=2 texts, 2 heads
-MASKS = {
-    "none": {},
-    "bool attn_mask": {"attn_mask": BLOCKED},
-    "float attn_mask": {"attn_mask": randn(4, 3, seed=7)},
-    "float attn_mask with -inf": {"attn_mask": torch.zeros(4, 3, dtype=torch.float64).masked_fill(BLOCKED, -torch.inf)},
-    "bool attn_mask per head": {"attn_mask": torch.stack([BLOCKED, ~BLOCKED, BLOCKED, BLOCKED])},
-    "float attn_mask per head": {"attn_mask": randn(4, 4, 3, seed=7)},
-    "bool padding": {"key_padding_mask": torch.tensor([[False, False, True], [False, False, False]])},
-    "float padding": {"key_padding_mask": randn(2, 3, seed=8)},
-    "bool attn_mask and padding": {
-        "attn_mask": BLOCKED[[0, 1, 1, 0]],
-        "key_padding_mask": torch.tensor([[False, True, False], [False, False, False]]),
-    },
-    "float attn_mask and padding": {"attn_mask": randn(4, 3, seed=7), "key_padding_mask": randn(2, 3, seed=8)},
-}
-SIZES = {"same sizes": {}, "own key and value sizes": {"kdim": 5, "vdim": 7}, "no biases": {"bias": False}}
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_multihead_attention(mask, sizes, batch_first):
-    options = SIZES[sizes] | {"batch_first": batch_first, "dtype": torch.float64}
-    ours, theirs = nn.MultiheadAttention(6, 2, **options), torch.nn.MultiheadAttention(6, 2, **options)
-    same_module(ours, theirs)
-
-    def inputs():
-        shapes = [(2, 4, 6), (2, 3, options.get("kdim", 6)), (2, 3, options.get("vdim", 6))]
-        batched = [randn(*s, seed=i) for i, s in enumerate(shapes)]
-        return [(x if batch_first else x.transpose(0, 1).contiguous()).requires_grad_() for x in batched]
-
-    our_in, their_in = inputs(), inputs()
-    our_mask, their_mask = copy.deepcopy(MASKS[mask]), copy.deepcopy(MASKS[mask])
-    for given, collected in ((our_mask, our_in), (their_mask, their_in)):
-        collected += [m.requires_grad_() for m in given.values() if m.dtype != torch.bool]
-    for average in (True, False):
-        our_out, our_weights = ours(*our_in[:3], **our_mask, average_attn_weights=average)
-        their_out, their_weights = theirs(*their_in[:3], **their_mask, average_attn_weights=average)
-        torch.testing.assert_close(our_weights, their_weights, **CLOSE)
-    without, none = ours(*our_in[:3], **our_mask, need_weights=False)
-    assert none is None and torch.equal(without, our_out)
-    assert_same_gradients(ours, theirs, our_in, their_in, our_out, their_out)
-
-
-@pytest.mark.parametrize("batched", [True, False])
-def test_multihead_self_attention_with_the_causal_hint(batched):
-    ours = nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
-    theirs = torch.nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64)
-    same_module(ours, theirs)
-    x = randn(2, 5, 6) if batched else randn(5, 6)
-    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    expected, _ = theirs(x, x, x, attn_mask=causal, is_causal=True, need_weights=False)
-    for kw in ({"is_causal": True}, {"is_causal": True, "attn_mask": causal}, {"attn_mask": causal}):
-        torch.testing.assert_close(ours(x, x, x, **kw, need_weights=False)[0], expected, **CLOSE)
-    weights = ours(x, x, x, is_causal=True)[1]
-    assert weights.triu(1).eq(0).all() and weights.shape[-2:] == (5, 5)
-
-
-def test_multihead_attention_of_nothing_is_zero_where_torch_is_nan():
-    ours = randomise(nn.MultiheadAttention(6, 2, batch_first=True, dtype=torch.float64))
-    x = randn(2, 3, 6).requires_grad_()
-    padding = torch.tensor([[True, True, True], [False, False, False]])
-    out, weights = ours(x, x, x, key_padding_mask=padding)
-    torch.testing.assert_close(out[0], ours.out_proj.bias.expand(3, 6), **CLOSE)
-    assert weights[0].eq(0).all()
-    out.sum().backward()
-    assert x.grad[0].eq(0).all() and x.grad[1].isfinite().all()
-
-
 def causal_mask(T):
     return torch.ones(T, T, dtype=torch.bool).triu(1)
 
@@ -335,6 +228,26 @@ def test_llama_like_block_is_its_formula():
     )
 
 
+def test_block_drops_attention_weights_and_what_each_half_adds():
+    """The draws in order: the seed of the attention weights, the mask of each half."""
+    block, p = randomise(nn.TransformerBlock(6, 2, dropout=0.3, dtype=torch.float64)), 0.3
+    twin = copy.deepcopy(block)
+    x, y = randn(2, 5, 6).requires_grad_(), randn(2, 5, 6).requires_grad_()
+    slopes = torch.tensor([0.5, 0.25])
+    torch.manual_seed(0)
+    keep = torch.empty(2, 2, 5, 5, dtype=torch.bool)
+    _C.attention_dropout(torch.randint(-(2**63), 2**63 - 1, (1,)), keep, dropout_p=p)
+    q, k, v = twin.attn.heads(twin.ln_1(y))
+    distance = (torch.arange(5)[:, None] - torch.arange(5)).abs()
+    scores = q @ k.mT / 3**0.5 - slopes.double()[:, None, None] * distance
+    weights = scores.masked_fill(causal_mask(5), -torch.inf).softmax(-1) * keep / (1 - p)
+    h = y + F.dropout(twin.attn.c_proj((weights @ v).transpose(1, 2).flatten(2)), p)
+    expected = h + F.dropout(twin.mlp(twin.ln_2(h)), p)
+    assert 0 < keep[:, :, causal_mask(5).logical_not()].sum() < 60
+    torch.manual_seed(0)
+    assert_same_gradients(block, twin, [x], [y], block(x, alibi_slopes=slopes), expected)
+
+
 def test_block_with_dropout_drops_in_training_only():
     block = randomise(nn.TransformerBlock(6, 2, dropout=0.5, dtype=torch.float64))
     x = randn(2, 5, 6)
@@ -352,6 +265,7 @@ MODULES = {
     "MLP": lambda **kw: (nn.MLP(4, 8, **kw), (torch.ones(2, 4),)),
     "MultiheadAttention": lambda **kw: (nn.MultiheadAttention(4, 2, **kw), (torch.ones(2, 1, 4),) * 3),
     "TransformerBlock": lambda **kw: (nn.TransformerBlock(4, 2, **kw), (torch.ones(1, 2, 4),)),
+    "RelativePositionBias": lambda **kw: (nn.RelativePositionBias(2, **kw), (3, 4)),
     "LinearCrossEntropyLoss": lambda **kw: (
         nn.LinearCrossEntropyLoss(4, 3, **kw),
         (torch.ones(2, 4), torch.tensor([0, 1])),
@@ -421,14 +335,9 @@ REFUSALS = {
         lambda: nn.LinearCrossEntropyLoss(3, 2)(torch.ones(2, 3), torch.tensor([0])),
         r"target has shape \(1,\)",
     ),
-    "attention dropout": (lambda: nn.MultiheadAttention(4, 2, dropout=0.1), "dropout"),
-    "heads that do not divide": (lambda: nn.MultiheadAttention(4, 3), "3 heads do not divide embed_dim 4"),
-    "causal hint with other keys": (
-        lambda: nn.MultiheadAttention(4, 2)(torch.ones(3, 1, 4), *[torch.ones(2, 1, 4)] * 2, is_causal=True),
-        "as many keys as queries, not 2 for 3",
-    ),
     "width of a block": (lambda: nn.TransformerBlock(6, 4), "4 heads do not divide width 6"),
     "groups of a block": (lambda: nn.TransformerBlock(8, 4, 3), "3 key/value heads do not divide 4"),
+    "dropout of a block": (lambda: nn.TransformerBlock(8, 4, dropout=-0.5), "dropout is -0.5, expected 0..1"),
     "norm of a block": (lambda: nn.TransformerBlock(8, 4, norm="batchnorm"), "norm is 'batchnorm'"),
     "norm of a wrong shape": (lambda: nn.LayerNorm(3)(torch.ones(2, 4)), r"x has shape \(2, 4\)"),
 }

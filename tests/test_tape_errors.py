@@ -137,6 +137,24 @@ APPLY = {
         ValueError,
         "Attention: mask_and_bias has shape (2, 3), which does not broadcast to (1, 1, 3, 3)",
     ),
+    "slopes of other heads": (
+        Attention(alibi_slopes=[1.0, 2.0, 3.0]),
+        [ones(2, 2, 3, 4), ones(2, 1, 3, 4), ones(2, 1, 3, 4)],
+        ValueError,
+        "Attention: alibi_slopes has shape (3,), expected (2,) or (2, 2) for q (2, 2, 3, 4)",
+    ),
+    "sinks of other heads": (
+        Attention(sinks=ones(1)),
+        [ones(2, 2, 3, 4), ones(2, 1, 3, 4), ones(2, 1, 3, 4)],
+        ValueError,
+        "Attention: sinks has shape (1,), expected (2,) for q (2, 2, 3, 4)",
+    ),
+    "sinks of another dtype": (
+        Attention(sinks=ones(1)),
+        [Tensor(ones(1, 1, 3, 4), dtype="f4") for _ in range(3)],
+        TypeError,
+        "Attention: q is float32 but sinks is float64; use one dtype",
+    ),
     "two masks": (
         Attention(),
         [*[ones(1, 1, 3, 4)] * 3, ones(3) > 0, ones(3) > 0],
@@ -235,6 +253,36 @@ BUILD = {
         ValueError,
         "Attention: scale is nan, expected a finite number",
     ),
+    "window of one number": (lambda: Attention(window=3), ValueError, "Attention: window is 3, expected two numbers"),
+    "window of floats": (
+        lambda: Attention(window=(1.0, None)),
+        TypeError,
+        "Attention: window is (1.0, None), expected two whole numbers or None",
+    ),
+    "negative window": (
+        lambda: Attention(window=(-1, 0)),
+        ValueError,
+        "Attention: window is (-1, 0), expected 0 or more keys on either side",
+    ),
+    "softcap": (
+        lambda: Attention(softcap=-1.0),
+        ValueError,
+        "Attention: softcap is -1.0, expected a finite number (le",
+    ),
+    "slopes": (lambda: Attention(alibi_slopes="steep"), TypeError, "Attention: alibi_slopes is a str, expected an arr"),
+    "slopes that are not finite": (
+        lambda: Attention(alibi_slopes=[np.inf]),
+        ValueError,
+        "Attention: alibi_slopes holds inf, expected finite numbers",
+    ),
+    "sinks": (lambda: Attention(sinks=ones(1, 2)), ValueError, "Attention: sinks has shape (1, 2), expected 1 dimens"),
+    "dropout_p": (
+        lambda: Attention(dropout_p=1.5),
+        ValueError,
+        "Attention: dropout_p is 1.5, expected a finite number (least 0, most 1)",
+    ),
+    "seed": (lambda: Attention(seed=0.5), TypeError, "Attention: seed is a float, expected a whole number or None"),
+    "large seed": (lambda: Attention(seed=2**63), ValueError, f"Attention: seed is {2**63}, expected 64 bits"),
     "factor": (lambda: Scale("2"), TypeError, "Scale: factor is a str, expected a number"),
     "axes": (lambda: Transpose(0, 2), ValueError, "Transpose: axes are (0, 2), expected each of 0 .. 1 once"),
     "reduction": (

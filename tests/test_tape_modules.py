@@ -8,7 +8,6 @@ import pytest
 from pykern.tape import (
     GELU,
     Add,
-    Attention,
     CrossEntropy,
     Embedding,
     LayerNorm,
@@ -62,24 +61,10 @@ def normalise(x, eps=1e-5):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
 
 
-def attention(q, k, v, *, causal=False, mask=None, bias=0.0, scale=None):
-    group, (T, S) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
-    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
-    scores = (q.shape[3] ** -0.5 if scale is None else scale) * q @ k.swapaxes(-1, -2) + bias
-    keep = np.ones(scores.shape, bool) if mask is None else np.broadcast_to(mask, scores.shape)
-    if causal:
-        keep = keep & (np.arange(S) <= np.arange(T)[:, None] + S - T)
-    top = np.where(keep, scores, -np.inf).max(-1, keepdims=True)
-    e = np.where(keep, np.exp(scores - np.where(np.isfinite(top), top, 0)), 0)
-    total = e.sum(-1, keepdims=True)
-    return e / np.where(total == 0, 1, total) @ v
-
-
 LINEAR, NO_BIAS, LAYER_NORM, RMS_NORM = Linear(3, 5, rng=1), Linear(3, 5, bias=False, rng=1), LayerNorm(7), RMSNorm(7)
 EMBEDDING = Embedding(6, 3, rng=1)
 for parameter in (LINEAR.bias, LAYER_NORM.weight, LAYER_NORM.bias, RMS_NORM.weight):
     parameter.value = normal(*parameter.value.shape)
-MASK = np.array([[True, False, True, True, False], [False] * 5, [True] * 5])
 
 # name: module, inputs, formula
 CASES = {
@@ -156,47 +141,6 @@ CASES = {
     "transpose of three dimensions": (Transpose(1, 2, 0), [normal(2, 3, 4)], lambda a: a.transpose(1, 2, 0)),
     "split heads": (SplitHeads(2), [normal(2, 3, 8)], lambda a: np.stack([a[..., :4], a[..., 4:]], 1)),
     "merge heads": (MergeHeads(), [normal(2, 2, 3, 4)], lambda a: np.concatenate([a[:, 0], a[:, 1]], -1)),
-    "attention": (Attention(), [normal(2, 2, 3, 4), normal(2, 2, 5, 4), normal(2, 2, 5, 4)], attention),
-    "attention, causal": (
-        Attention(causal=True),
-        [normal(1, 2, 4, 3), normal(1, 2, 4, 3), normal(1, 2, 4, 3)],
-        lambda q, k, v: attention(q, k, v, causal=True),
-    ),
-    "attention, causal, the queries are the last rows": (
-        Attention(causal=True),
-        [normal(1, 1, 2, 3), normal(1, 1, 5, 3), normal(1, 1, 5, 3)],
-        lambda q, k, v: attention(q, k, v, causal=True),
-    ),
-    "attention, more queries than keys: some see nothing": (
-        Attention(causal=True),
-        [normal(1, 1, 4, 3), normal(1, 1, 2, 3), normal(1, 1, 2, 3)],
-        lambda q, k, v: attention(q, k, v, causal=True),
-    ),
-    "attention, shared key heads, wider values, scale": (
-        Attention(scale=0.3),
-        [normal(2, 4, 3, 3), normal(2, 2, 5, 3), normal(2, 2, 5, 6)],
-        lambda q, k, v: attention(q, k, v, scale=0.3),
-    ),
-    "attention, mask with an empty row": (
-        Attention(),
-        [normal(2, 2, 3, 4), normal(2, 2, 5, 4), normal(2, 2, 5, 4), MASK],
-        lambda q, k, v, mask: attention(q, k, v, mask=mask),
-    ),
-    "attention, bias of one row per head": (
-        Attention(causal=True),
-        [normal(2, 2, 3, 4), normal(2, 2, 5, 4), normal(2, 2, 5, 4), normal(2, 1, 5)],
-        lambda q, k, v, bias: attention(q, k, v, bias=bias, causal=True),
-    ),
-    "attention, bias of one column, then a mask": (
-        Attention(),
-        [normal(2, 2, 3, 4), normal(2, 2, 5, 4), normal(2, 2, 5, 4), normal(2, 1, 3, 1), MASK],
-        lambda q, k, v, bias, mask: attention(q, k, v, bias=bias, mask=mask),
-    ),
-    "attention, mask, then a full bias": (
-        Attention(),
-        [normal(1, 2, 3, 4), normal(1, 2, 5, 4), normal(1, 2, 5, 4), MASK, normal(1, 2, 3, 5)],
-        lambda q, k, v, mask, bias: attention(q, k, v, bias=bias, mask=mask),
-    ),
 }
 
 
@@ -279,23 +223,6 @@ def test_ignored_labels_have_no_loss_and_no_gradient():
     loss = SoftmaxCrossEntropy(ignore_index=-1).apply_fwd(logits, Tensor([-1, -1]))
     tape_bwd()
     assert loss.out_tensor == 0 and not logits.out_gradient.any()
-
-
-def test_a_query_that_sees_nothing_gives_zero_and_gets_no_gradient():
-    arrays = [normal(1, 1, 3, 4), normal(1, 1, 5, 4), normal(1, 1, 5, 4)]
-    attend = Attention()
-    dq, dk, dv, dmask = gradient(attend, *arrays, MASK, g=np.ones((1, 1, 3, 4)))
-    assert not attend.out_tensor[0, 0, 1].any() and not dq[0, 0, 1].any()
-    assert dq[0, 0, 0].any() and dk.any() and dv.any() and dmask is None
-
-
-def test_masked_keys_and_values_are_never_read():
-    q, k, v = normal(1, 1, 3, 4), normal(1, 1, 5, 4), normal(1, 1, 5, 4)
-    mask = np.array([True, True, False, True, False])
-    clean = Attention().apply_fwd(q, k, v, mask).out_tensor
-    k[..., ~mask, :], v[..., ~mask, :] = np.nan, np.inf
-    np.testing.assert_array_equal(Attention().apply_fwd(q, k, v, mask).out_tensor, clean)
-    tape.clear()
 
 
 @pytest.mark.parametrize("module", [Linear(3, 2), Sigmoid(), GELU(), Softmax(), LayerNorm(3), Scale(2.0), Sum()])

@@ -12,6 +12,7 @@ POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "t5", "none")
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = ("gelu", "relu", "swiglu")
 T5_BUCKETS = 32  # relative distances of the T5 bias, shared by all layers
+T5_MAX_DISTANCE = 128  # and where the last of them begins
 
 # Generous ends of each range: a file that passes them describes a model, not an attempt to exhaust the machine.
 LIMITS = {

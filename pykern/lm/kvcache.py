@@ -55,18 +55,28 @@ class KVCache:
         """attend() of layer i, the `cache` argument of a block."""
         return partial(self.attend, i)
 
-    def attend(self, i: int, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Any:
+    def attend(
+        self,
+        i: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> Any:
         """Stores k, v [B, n_kv_head, T, head size]; causal attention of q [B, n_head, T, head size] over all keys.
 
-        bias, broadcastable to [B, n_head, T, length + T], is added to the scores.
+        bias, broadcastable to [B, n_head, T, length + T], is added to the scores; alibi_slopes are those of attention.
         """
         self.require(k.shape[2])
-        if bias is None:
+        if bias is None and alibi_slopes is None:
             return ops.attention_with_kvcache(q, self.k[i], self.v[i], k, v, cache_seqlens=self.seqlens, causal=True)
         end = self.length + k.shape[2]
         self.k[i, :, :, self.length : end] = k
         self.v[i, :, :, self.length : end] = v
-        return ops.attention(q, self.k[i, :, :, :end], self.v[i, :, :, :end], bias=bias, causal=True)
+        keys, values = self.k[i, :, :, :end], self.v[i, :, :, :end]
+        return ops.attention(q, keys, values, bias=bias, alibi_slopes=alibi_slopes, causal=True)
 
     def advance(self, n: int) -> None:
         """The n tokens that every layer has stored now count."""

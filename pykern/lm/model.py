@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pykern import nn, ops
 from pykern.lm import checkpoint, positions
-from pykern.lm.config import T5_BUCKETS, Config
+from pykern.lm.config import T5_BUCKETS, T5_MAX_DISTANCE, Config
 from pykern.lm.kvcache import KVCache
 from pykern.lm.options import RESIDUAL_INITS
 from pykern.lm.session import Session
+from pykern.nn.positions import alibi_slopes
 from pykern.nn.transformer import make_norm
 
 # Config's names to those of pykern.nn
@@ -32,7 +33,9 @@ class Body(torch.nn.Module):
         if config.positions == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd, **place)
         if config.positions == "t5":
-            self.relative_bias = nn.Embedding(T5_BUCKETS, config.n_head, **place)
+            self.relative_bias = nn.RelativePositionBias(
+                config.n_head, T5_BUCKETS, T5_MAX_DISTANCE, bidirectional=False, **place
+            )
         self.h = torch.nn.ModuleList(
             nn.TransformerBlock(
                 config.n_embd,
@@ -82,7 +85,7 @@ class Transformer(torch.nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()
-            elif isinstance(module, nn.Embedding):
+            elif isinstance(module, (nn.Embedding, nn.RelativePositionBias)):
                 module.weight.normal_(0.0, 0.02, generator=generator)
             elif isinstance(module, nn.Linear):
                 std = into_stream if name.endswith("c_proj") else 0.02
@@ -109,14 +112,13 @@ class Transformer(torch.nn.Module):
         return x
 
     def position_arguments(self, start: int, length: int, like: Tensor) -> dict[str, Any]:
-        """What the attention of every block is told about positions: rotary tables or a bias on the scores."""
+        """What the attention of every block is told about positions: rotary tables, slopes or a bias on the scores."""
         if self.config.positions == "rope":
             return {"rotary": positions.rotary(start, length, self.config.head_size, like)}
         if self.config.positions == "alibi":
-            return {"bias": positions.alibi(start, length, self.config.n_head, like)}
+            return {"alibi_slopes": alibi_slopes(self.config.n_head).to(like.device, torch.float32)}
         if self.config.positions == "t5":
-            buckets = positions.t5_buckets(start, length, T5_BUCKETS, like.device)
-            return {"bias": self.transformer.relative_bias(buckets).permute(2, 0, 1).contiguous()}
+            return {"bias": self.transformer.relative_bias(length, start + length)}
         return {}
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:

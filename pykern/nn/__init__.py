@@ -6,10 +6,12 @@ from pykern.nn.cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from pykern.nn.embedding import Embedding
 from pykern.nn.linear import MLP, Linear
 from pykern.nn.norm import LayerNorm, RMSNorm
+from pykern.nn.positions import ALiBi, RelativePositionBias
 from pykern.nn.transformer import SelfAttention, TransformerBlock
 
 __all__ = [
     "MLP",
+    "ALiBi",
     "CrossEntropyLoss",
     "Embedding",
     "LayerNorm",
@@ -17,6 +19,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "RMSNorm",
+    "RelativePositionBias",
     "SelfAttention",
     "Sigmoid",
     "Softmax",

@@ -15,7 +15,9 @@ Rotary = tuple[Tensor, Tensor]
 class Attend(Protocol):
     """What a cache is to a block: it stores the new keys and values and attends over all it has."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, alibi_slopes: Tensor | None
+    ) -> Tensor: ...
 
 
 def make_norm(kind: str, width: int, bias: bool, device=None, dtype=None) -> LayerNorm | RMSNorm:
@@ -30,8 +32,9 @@ def make_norm(kind: str, width: int, bias: bool, device=None, dtype=None) -> Lay
 class SelfAttention(torch.nn.Module):
     """c_proj(attention(q, k, v)) + residual for x [B, T, width]; (q | k | v) = c_attn(x), n_kv_head heads of k and v.
 
-    rotary (cos, sin), each [positions, head size / 2], rotates q and k; bias is added to the scores. qk_norm normalises
-    each head of q and k to root mean square 1 before the rotation.
+    rotary (cos, sin), each [positions, head size / 2], rotates q and k; mask, bias and alibi_slopes are those of
+    pykern.attention. qk_norm normalises each head of q and k to root mean square 1 before the rotation. dropout falls
+    on the attention weights, in training and without a cache.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class SelfAttention(torch.nn.Module):
         bias: bool = True,
         causal: bool = True,
         qk_norm: bool = False,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,9 +55,11 @@ class SelfAttention(torch.nn.Module):
             raise ValueError(f"SelfAttention: {n_head} heads do not divide width {width}")
         if n_kv_head <= 0 or n_head % n_kv_head:
             raise ValueError(f"SelfAttention: {n_kv_head} key/value heads do not divide {n_head} heads")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"SelfAttention: dropout is {dropout}, expected 0..1")
         super().__init__()
         self.n_head, self.n_kv_head, self.head_size = n_head, n_kv_head, width // n_head
-        self.causal, self.qk_norm = causal, qk_norm
+        self.causal, self.qk_norm, self.dropout = causal, qk_norm, dropout
         self.c_attn = Linear(width, (n_head + 2 * n_kv_head) * self.head_size, bias, device, dtype)
         self.c_proj = Linear(width, width, bias, device, dtype)
 
@@ -74,6 +80,7 @@ class SelfAttention(torch.nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         bias: Tensor | None = None,
+        alibi_slopes: Tensor | None = None,
         cache: Attend | None = None,
     ) -> Tensor:
         q, k, v = self.heads(x)
@@ -81,9 +88,16 @@ class SelfAttention(torch.nn.Module):
             q, k = (ops.rope(y, *rotary, positions=positions) for y in (q, k))
         out: Any
         if cache is None:
-            out = ops.attention(q, k, v, mask=mask, bias=bias, causal=self.causal)
+            out = ops.attention(
+                *(q, k, v),
+                mask=mask,
+                bias=bias,
+                causal=self.causal,
+                alibi_slopes=alibi_slopes,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         else:
-            out = cache(q, k, v, bias=bias)
+            out = cache(q, k, v, bias=bias, alibi_slopes=alibi_slopes)
         return self.c_proj(out.transpose(1, 2).flatten(2), residual)
 
     def extra_repr(self) -> str:
@@ -93,8 +107,8 @@ class SelfAttention(torch.nn.Module):
 class TransformerBlock(torch.nn.Module):
     """h = x + attn(ln_1(x));  out = h + mlp(ln_2(h)), for x [B, T, width].
 
-    hidden is 4 * width unless given. dropout falls on what each half adds, as in GPT-2, but not on the attention
-    weights. The keyword arguments of forward are those of SelfAttention.
+    hidden is 4 * width unless given. dropout falls on the attention weights and on what each half adds, as in GPT-2.
+    The keyword arguments of forward are those of SelfAttention.
     """
 
     def __init__(
@@ -116,7 +130,9 @@ class TransformerBlock(torch.nn.Module):
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.ln_1 = make_norm(norm, width, bias, **place)
-        self.attn = SelfAttention(width, n_head, n_kv_head, bias=bias, causal=causal, qk_norm=qk_norm, **place)
+        self.attn = SelfAttention(
+            *(width, n_head, n_kv_head), bias=bias, causal=causal, qk_norm=qk_norm, dropout=dropout, **place
+        )
         self.ln_2 = make_norm(norm, width, bias, **place)
         self.mlp = MLP(width, 4 * width if hidden is None else hidden, activation, bias, **place)
         self.dropout = dropout
