@@ -6,10 +6,20 @@ from pykern.ops.attention import attention
 from pykern.ops.cross_entropy import cross_entropy
 from pykern.ops.decode import attention_with_kvcache
 from pykern.ops.embedding import embedding
+from pykern.ops.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from pykern.ops.flash_attn_kvcache import flash_attn_with_kvcache
 from pykern.ops.linear import linear
 from pykern.ops.linear_cross_entropy import linear_cross_entropy
 from pykern.ops.norm import layer_norm, rms_norm
 from pykern.ops.rope import rope
+from pykern.ops.sdpa import scaled_dot_product_attention
 from pykern.ops.softmax import softmax
 
 __all__ = [
@@ -18,6 +28,13 @@ __all__ = [
     "attention_with_kvcache",
     "cross_entropy",
     "embedding",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "gelu",
     "layer_norm",
     "linear",
@@ -25,6 +42,7 @@ __all__ = [
     "relu",
     "rms_norm",
     "rope",
+    "scaled_dot_product_attention",
     "sigmoid",
     "silu",
     "softmax",
