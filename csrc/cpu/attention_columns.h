@@ -96,6 +96,8 @@ static bool look(const Group<T>& x, int64_t first, Strip<T>& strip) {
     strip.end[j] = any == 0 ? 0 : 64 - __builtin_clzll(any);
   }
   if (any == 0) return false;
+  if constexpr (!kFused)  // the runs of multiply_tile must not be cut
+    for (int j = strip.idle(); j < kStripVectors; ++j) strip.end[j] = strip.last();
   strip.partial = all != ~uint64_t(0);
   strip.begin = __builtin_ctzll(any) / kFirstStep * kFirstStep;
   return true;
@@ -293,8 +295,7 @@ template <class T, int n, int NV>
                                                      const Compute<T>* p,
                                                      Vec<Compute<T>> (&acc)[n][NV]) {
   constexpr int j0 = kStripVectors - NV, Q = Strip<T>::Q;
-  // without fma the runs of multiply_tile must not be cut
-  int64_t end = units<T>(kFused ? strip.end[j0] : strip.last());
+  int64_t end = units<T>(strip.end[j0]);
   end = end < u0 ? u0 : end;
   multiply_tile<T, n, NV>(end - u0, v + u0 * v_unit, 1, v_unit, p + u0 * Q + j0 * Strip<T>::L, Q,
                           acc);

@@ -149,8 +149,8 @@ template <class T>
 // The weights of rows r and, where numbers are paired, r + 1 of a chunk, in the forms that the
 // products take.
 template <class T>
-static void store_weights(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows, int64_t r,
-                          int64_t first, Sight& sight, BackwardMemory<T>& memory) {
+static void store_weights(const BackwardGroup<T>& x, int64_t h, int64_t t0,
+                          [[maybe_unused]] int64_t rows, int64_t r, int64_t first, Sight& sight, BackwardMemory<T>& memory) {
   using V = Vec<Compute<T>>;
   constexpr int n = kKeys / V::lanes;
   const auto weigh = [&](int64_t i, V(&p)[n], V(&ds)[n]) __attribute__((always_inline)) {
