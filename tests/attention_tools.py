@@ -95,3 +95,11 @@ def compare(tensors, dout, dlse=None, name="", **options):
         if tensor == "dsinks":
             scale = _sinks_scale(tensors["sinks"], exact, dout, dlse)
         assert_close(x, exact[tensor], name=f"{name} {tensor}", gradient=tensor[0] == "d", scale=scale)
+
+
+def op_arguments(op, **given):
+    """The arguments of torch.ops.pykern.attention or attention_backward by name, all options off but those given."""
+    off = dict(left=-1, right=-1, scale=0.5, softcap=0.0, dropout_p=0.0)
+    names = [argument.name for argument in op._schema.arguments]
+    assert set(given) <= set(names), f"{op} has no argument {set(given) - set(names)}"
+    return tuple(given.get(name, off.get(name)) for name in names)
