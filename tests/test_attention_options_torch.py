@@ -69,23 +69,31 @@ def test_opcheck_of_every_layout(view):
     torch.library.opcheck(op, op_arguments(op, **(given | leaves)))
 
 
+@pytest.fixture
+def compiler():
+    """Forgets what it compiled: after eight variants of one function it refuses a ninth."""
+    torch.compiler.reset()
+    yield torch.compile
+    torch.compiler.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @every_scene
-def test_compile_fullgraph(scene, dropout):
+def test_compile_fullgraph(scene, dropout, compiler):
     tensors, dout, options = SCENES[scene]()
     options |= dict(dropout_p=0.3, seed=7) if dropout else {}
     eager = attend(tensors, dout, **options)
-    compiled = torch.compile(pykern.attention, fullgraph=True, backend="aot_eager")
+    compiled = compiler(pykern.attention, fullgraph=True, backend="aot_eager")
     for name, x in with_gradients(named(compiled, **options), tensors, dict(out=dout)).items():
         assert_bitwise(x, eager[name], name=name)
 
 
 @pytest.mark.slow
-def test_compile_draws_a_seed():
+def test_compile_draws_a_seed(compiler):
     """In the graph, at each run: not once when it is traced."""
     tensors, dout, _ = everything()
-    compiled = torch.compile(lambda **a: pykern.attention(**a, dropout_p=0.5), fullgraph=True, backend="aot_eager")
+    compiled = compiler(lambda **a: pykern.attention(**a, dropout_p=0.5), fullgraph=True, backend="aot_eager")
     first, second = (compiled(**tensors) for _ in range(2))
     assert not torch.equal(first, second)
     torch.manual_seed(3)
