@@ -84,6 +84,71 @@ def attention(dtype):
             run("attention_backward", backward, saved, gradients)
 
 
+OPTIONS = dict(causal=True, scale=0.5, window_left=70, softcap=1.5, dropout_p=0.3, seed=torch.tensor([5]))
+
+
+def attention_options(dtype):
+    """Slopes and sinks, and two sequences end to end, the second of which starts within a vector."""
+    for T, S, D, E in [(1, 1, 1, 1), (13, 65, 7, 5), (97, 129, 1, 3), (3, 200, 64, 31)]:
+        for offsets in ({}, dict(cu_seqlens_q=[0, T // 3, T], cu_seqlens_k=[0, S // 3, S])):
+            B = 1 if offsets else 2
+            inputs = dict(q=draw(B, 4, T, D), k=draw(B, 2, S, D, seed=1), v=draw(B, 2, S, E, seed=2))
+            inputs = {n: x.to(dtype) for n, x in inputs.items()}
+            inputs |= dict(alibi_slopes=draw(2, 4).float(), sinks=draw(4, seed=3).to(dtype))
+            inputs |= {n: torch.tensor(x, dtype=torch.int32) for n, x in offsets.items()}
+            outputs = dict(out=torch.zeros(B, 4, T, E, dtype=dtype), lse=torch.zeros(B, 4, T, dtype=stat(dtype)))
+
+            def forward(q, k, v, out, lse, **options):
+                _C.attention_forward(q, k, v, None, None, out, lse, **OPTIONS, **options)
+
+            run("attention", forward, inputs, outputs)
+            forward(**inputs, **outputs)
+            saved = inputs | outputs | dict(dout=draw(B, 4, T, E, seed=5).to(dtype), dlse=draw(B, 4, T).to(stat(dtype)))
+            gradients = {f"d{n}": torch.zeros_like(saved[n]) for n in ("q", "k", "v", "sinks")}
+
+            def backward(q, k, v, out, lse, dout, dlse, dq, dk, dv, dsinks, **options):
+                arrays = (q, k, v, None, None, out, lse, dout, dlse, dq, dk, dv, None, dsinks)
+                _C.attention_backward(*arrays, **OPTIONS, **options)
+
+            run("attention_backward", backward, saved, gradients)
+
+
+def forbid(x, count):
+    """A copy of x whose first `count` bytes, whole pages, must not be touched."""
+    size = -(-x.numel() * x.element_size() // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size)
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel()).view(x.shape).copy_(x)
+    if libc.mprotect(ctypes.addressof(ctypes.c_char.from_buffer(memory)), count, 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    return copy
+
+
+def unseen(dtype):
+    """Tiles of keys that no window reaches are skipped, and so are those that a mask hides from all of many rows: they
+    are never read."""
+    D, hidden = 16, mmap.PAGESIZE // 32  # keys, of whole tiles, that fill whole pages in every dtype
+    S = hidden + 100
+    mask = torch.arange(S) >= hidden
+    for T in (1, 20, 97):
+        q, k, v = (draw(1, n, rows, D, seed=n).to(dtype) for n, rows in ((2, T), (1, S), (1, S)))
+        dout, dlse = draw(1, 2, T, D, seed=3).to(dtype), draw(1, 2, T).to(stat(dtype))
+        cases = dict(window=(None, dict(window_left=100 - T, window_right=0)))  # the first row begins at key `hidden`
+        if T == 20:  # one block; a block of few rows looks at its mask only after it has packed the keys
+            cases["mask"] = mask.expand(1, 2, T, S), {}
+        for name, (mask4, options) in cases.items():
+            results = []
+            for place in (torch.clone, lambda x: forbid(x, hidden * D * x.element_size())):
+                keys = (place(k), place(v), mask4, None)
+                out, lse = torch.zeros_like(dout), torch.zeros_like(dlse)
+                _C.attention_forward(q, *keys, out, lse, causal=False, scale=0.5, **options)
+                gradients = [torch.zeros_like(x) for x in (q, k, v)]
+                arguments = (q, *keys, out, lse, dout, dlse, *gradients, None)
+                _C.attention_backward(*arguments, causal=False, scale=0.5, **options)
+                results.append([out, lse, *gradients])
+            for x, y in zip(*results, strict=True):
+                assert_bitwise(x, y, name=name)
+
+
 def linear(dtype):
     for M, N, K in [(1, 1, 1), (13, 33, 17), (5, 7, 129), (25, 65, 31), (3, 100, 1030), (200, 5, 3)]:
         inputs = dict(x=draw(M, K), weight=draw(N, K, seed=1), bias=draw(N, seed=2), residual=draw(M, N, seed=3))

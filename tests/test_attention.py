@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attention_tools import both, compare, inputs, named
 from hypothesis import given
 from hypothesis import strategies as st
 from tools import DTYPES, PAIRED, TILE_ROWS, VIEWS, constant, draw, with_gradients
@@ -19,52 +20,6 @@ CHUNK_ROWS = constant("cpu/attention_weights.h", "kChunkRows")[0]
 CHAINS = constant("cpu/attention_backward.cpp", "kChains")[0]
 
 HEAD_SIZES = [1, 7, 33, 64, 80, 96, 112, 128, 256]
-
-
-def inputs(T, S, D=16, E=None, B=1, H=1, G=None, dtype=torch.float64, seed=0):
-    """q, k, v, and dout."""
-    G, E = G or H, D if E is None else E
-    shapes = dict(q=(B, H, T, D), k=(B, G, S, D), v=(B, G, S, E))
-    tensors = {name: draw(*shape, dtype=dtype, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
-    return tensors, draw(B, H, T, E, dtype=dtype, seed=seed + 3)
-
-
-def named(attention, **options):
-    """attention(..., return_lse=True) with its results by name."""
-    return lambda **tensors: dict(zip(("out", "lse"), attention(**tensors, return_lse=True, **options), strict=True))
-
-
-def both(tensors, dout, dlse=None, **options):
-    """Everything pykern computes, and the same in float64."""
-    douts = dict(out=dout) if dlse is None else dict(out=dout, lse=dlse)
-    ours = with_gradients(named(pykern.attention, **options), tensors, douts)
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
-    return ours, with_gradients(named(reference.attention, **options), exact, douts)
-
-
-def bias_scale(tensors, dout, dlse, options):
-    """The largest term in a gradient of bias, which adds up dS: where bias is the same for all keys of a row, they
-    cancel, to an exact 0. And dS = P (dP - delta) itself cancels where a row sees one key."""
-    B, H, T = tensors["q"].shape[:3]
-    expanded = tensors | dict(bias=tensors["bias"].expand(B, H, T, tensors["k"].shape[2]))
-    exact = both(expanded, dout, dlse, **options)[1]
-    terms, delta = exact["dbias"].abs().sum_to_size(tensors["bias"].shape), (exact["out"] * dout).sum(-1).abs()
-    return max(terms.max().item(), delta.max().item())
-
-
-def compare(tensors, dout, dlse=None, name="", **options):
-    """Every element of every result and gradient against float64."""
-    ours, exact = both(tensors, dout, dlse, **options)
-    lse_dtype = torch.float64 if dout.dtype == torch.float64 else torch.float32
-    for tensor, x in ours.items():
-        assert x.dtype == (lse_dtype if tensor == "lse" else dout.dtype)
-        scale = None
-        if tensor in ("dq", "dk"):
-            # dS = P (dP - delta) cancels, and delta holds the rounding of out: errors are as large as the terms of dS
-            scale = max([exact[t].abs().max().item() for t in ("dq", "dk", "dv") if exact[t].numel()], default=0.0)
-        if tensor == "dbias":
-            scale = bias_scale(tensors, dout, dlse, options)
-        assert_close(x, exact[tensor], name=f"{name} {tensor}", gradient=tensor[0] == "d", scale=scale)
 
 
 # ---- named cases, each with what it must reach

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_attention import inputs, named
+from attention_tools import inputs, named, op_arguments
 from tools import VIEWS, draw, with_gradients
 
 import pykern
@@ -34,14 +34,17 @@ def test_opcheck(view):
     q, k, v = (VIEWS[view](tensors[name]) for name in "qkv")
     bias = tensors["bias"][None]
     op = torch.ops.pykern.attention.default
-    torch.library.opcheck(op, (q, k, v, None, None, True, 0.5))
-    torch.library.opcheck(op, (q, k, v, mask[None, None], bias, False, 0.5))
-    leaves = [x.detach().requires_grad_() for x in (q, k, v, bias)]
-    torch.library.opcheck(op, (*leaves[:3], mask[None, None], leaves[3], True, 0.5))
-    out, lse = op(q, k, v, None, bias, True, 0.5)
+    masked = dict(mask=mask[None, None], bias=bias)
+    torch.library.opcheck(op, op_arguments(op, q=q, k=k, v=v, right=0))
+    torch.library.opcheck(op, op_arguments(op, q=q, k=k, v=v, **masked))
+    leaves = {name: x.detach().requires_grad_() for name, x in dict(q=q, k=k, v=v, bias=bias).items()}
+    torch.library.opcheck(op, op_arguments(op, **(masked | leaves), right=0))
+    saved = dict(q=q, k=k, v=v, bias=bias, right=0)
+    out, lse = op(*op_arguments(op, **saved))
+    saved |= dict(out=out, lse=lse, dout=torch.ones_like(out), want_bias=True, want_sinks=False)
+    backward = torch.ops.pykern.attention_backward.default
     for dlse in (None, torch.ones_like(lse)):
-        arguments = (q, k, v, None, bias, out, lse, torch.ones_like(out), dlse, True, 0.5, True)
-        torch.library.opcheck(torch.ops.pykern.attention_backward.default, arguments)
+        torch.library.opcheck(backward, op_arguments(backward, **saved, dlse=dlse))
 
 
 @pytest.mark.slow

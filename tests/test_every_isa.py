@@ -11,7 +11,7 @@ from pykern import _C
 
 ROOT = Path(__file__).parent.parent
 ROOMS = sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.cpp") if path.stem != "check")
-FURTHER = ("test_attention_masks.py", "test_memory.py")  # tests of the rooms that have files of their own
+FILES = sorted({path.name for room in ROOMS for path in (ROOT / "tests").glob(f"test_{room}*.py")} | {"test_memory.py"})
 OTHER_ISAS = [isa for isa, here in _C.isas() if here and isa != _C.isa()]
 EXAMPLES = "5"  # of each property: the main run has tried more, on the same algorithm
 
@@ -65,7 +65,7 @@ def test_every_room_has_its_tests():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_kernel_tests_pass_on(isa):
-    files = [f"tests/test_{room}.py" for room in ROOMS] + [f"tests/{name}" for name in FURTHER]
+    files = [f"tests/{name}" for name in FILES]
     run = python(
         *("-m", "pytest", *files, "-m", "not one_isa", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider"),
         *("-o", "addopts="),

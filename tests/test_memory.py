@@ -28,7 +28,7 @@ def guard_pages(case):
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
 
 
-@pytest.mark.parametrize("op", ["attention", "linear", "decode", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["attention", "attention_options", "unseen", "linear", "decode", "linear_cross_entropy"])
 def test_no_byte_outside_the_arrays(op):
     run = guard_pages(op)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -91,6 +91,43 @@ def test_mask_and_bias_with_key_strides_beyond_2_to_31():
         _C.attention_forward(*tensors.values(), mask4, bias4, out, lse, causal=False, scale=0.5)
         results.append(out)
     assert_bitwise(*results)
+
+
+def far_vector(x):
+    return far(x[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ragged", [False, True], ids=["", "ragged"])
+def test_attention_options_with_strides_beyond_2_to_31(ragged, dtype):
+    """Sinks, slopes and offsets too; two sequences, one after the other or end to end."""
+    tensors, dout = attention_inputs(4, 6, D=5, B=1 if ragged else 2, H=2, dtype=dtype)
+    slopes, sinks = draw(2, 2).float(), draw(2, dtype=dtype)
+    near = dict(alibi_slopes=slopes, sinks=sinks)
+    distant = dict(alibi_slopes=far(slopes.T.contiguous()).T, sinks=far_vector(sinks))
+    if ragged:
+        offsets = dict(cu_seqlens_q=torch.tensor([0, 1, 4]).int(), cu_seqlens_k=torch.tensor([0, 4, 6]).int())
+        near, distant = near | offsets, distant | {name: far_vector(x) for name, x in offsets.items()}
+    options = dict(causal=True, scale=0.5, window_left=3, softcap=2.0, dropout_p=0.3, seed=torch.tensor([1]))
+    out, lse = torch.zeros_like(dout), torch.zeros(*dout.shape[:3], dtype=torch.float64)
+    saved = dict(**tensors, mask=None, bias=None)
+    _C.attention_forward(*saved.values(), out, lse, **options, **near)
+    distant_saved = {name: x if x is None else far(x) for name, x in saved.items()}
+    distant_results = [far(torch.zeros_like(x)) for x in (out, lse)]
+    _C.attention_forward(*distant_saved.values(), *distant_results, **options, **distant)
+    for name, x, y in zip(("out", "lse"), (out, lse), distant_results, strict=True):
+        assert_bitwise(x, y, name=name)
+
+    given = [out, lse, dout, draw(*lse.shape)]
+    gradients = [torch.zeros_like(x) for x in tensors.values()]
+    dsinks = torch.zeros_like(sinks)
+    _C.attention_backward(*saved.values(), *given, *gradients, None, dsinks, **options, **near)
+    distant_gradients, distant_dsinks = [far(torch.zeros_like(x)) for x in gradients], far_vector(sinks)
+    arguments = (*distant_saved.values(), *(far(x) for x in given), *distant_gradients, None, distant_dsinks)
+    _C.attention_backward(*arguments, **options, **distant)
+    for name, x, y in zip("qkv", gradients, distant_gradients, strict=True):
+        assert_bitwise(x, y, name=f"d{name}")
+    assert_bitwise(dsinks, distant_dsinks, name="dsinks")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

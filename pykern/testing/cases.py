@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import pykern
+from pykern import _C
 from pykern.testing import reference
 from pykern.testing.ratios import Case
 from pykern.testing.reference import in_own_dtype
@@ -128,6 +129,92 @@ ROPE = [
 
 def _attention_with_lse(attention):
     return lambda **inputs: dict(zip(("out", "lse"), attention(**inputs, causal=True, return_lse=True), strict=True))
+
+
+def _attention_inputs(**more):
+    """q, k, v of 130 queries and keys, four heads on two."""
+    return dict(q=_draw(2, 4, 130, 64), k=_draw(2, 2, 130, 64), v=_draw(2, 2, 130, 64)) | more
+
+
+def _attention_case(name, options, inputs=None, fused=None, constant=()):
+    """A case whose options are the same for pykern and the formula."""
+    return _case(
+        f"attention {name}",
+        inputs or _attention_inputs(),
+        lambda **tensors: pykern.attention(**tensors, **options),
+        lambda **tensors: in_own_dtype(reference.attention)(**tensors, **options),
+        fused,
+        constant,
+    )
+
+
+# slopes 2^(-8 (h + 1) / H), exact in every dtype: pykern wants them in float32
+_SLOPES = dict(alibi_slopes=lambda g: 2.0 ** (-2 * torch.arange(1.0, 5.0)))
+
+
+def _behind():
+    """s - d [130,130]: how far each key is behind the diagonal of each query."""
+    return torch.arange(130) - torch.arange(130)[:, None]
+
+
+def _sdpa_with_window(q, k, v):
+    seen = (_behind() <= 0) & (_behind() >= -20)
+    return F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True)
+
+
+def _sdpa_with_alibi(q, k, v, alibi_slopes):
+    bias = (-alibi_slopes[:, None, None] * _behind().abs()).masked_fill(_behind() > 0, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype).expand(2, 4, 130, 130), enable_gqa=True)
+
+
+def _keep(q, k, seed, dropout_p):
+    """What dropout leaves, from the kernel: the generator itself is tests/test_attention_dropout.py's to check."""
+    keep = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.bool)
+    _C.attention_dropout(torch.tensor([seed]), keep, dropout_p=dropout_p)
+    return keep
+
+
+def _with_keep(q, k, v, dropout_p=0.2):
+    keep = _keep(q, k, seed=1, dropout_p=dropout_p)
+    return in_own_dtype(reference.attention)(q, k, v, causal=True, dropout_p=dropout_p, keep=keep)
+
+
+ATTENTION_OPTIONS = [
+    _attention_case("window", dict(window=(20, 0)), fused=_sdpa_with_window),
+    _attention_case("softcap", dict(softcap=2.0, causal=True)),
+    _case(
+        "attention alibi",
+        _attention_inputs(**_SLOPES),
+        lambda q, k, v, alibi_slopes: pykern.attention(q, k, v, alibi_slopes=alibi_slopes.float(), causal=True),
+        lambda **tensors: in_own_dtype(reference.attention)(**tensors, causal=True),
+        _sdpa_with_alibi,
+        constant=("alibi_slopes",),
+    ),
+    _attention_case("sinks", dict(causal=True), _attention_inputs(sinks=_draw(4))),
+    _attention_case("bias + sinks", {}, _attention_inputs(bias=_draw(4, 130, 130), sinks=_draw(4))),
+    _attention_case(
+        "softcap + bias + window + sinks",
+        dict(softcap=2.0, window=(40, 40)),
+        _attention_inputs(bias=_draw(4, 1, 130), sinks=_draw(4)),
+    ),
+    _attention_case(
+        "ragged",
+        dict(causal=True),
+        dict(
+            q=_draw(150, 4, 64),
+            k=_draw(170, 2, 64),
+            v=_draw(170, 2, 64),
+            cu_seqlens_q=lambda g: torch.tensor([0, 33, 33, 150], dtype=torch.int32),
+            cu_seqlens_k=lambda g: torch.tensor([0, 40, 45, 170], dtype=torch.int32),
+        ),
+    ),
+    _case(
+        "attention dropout",
+        _attention_inputs(),
+        lambda q, k, v: pykern.attention(q, k, v, causal=True, dropout_p=0.2, seed=1),
+        _with_keep,
+    ),
+]
 
 
 def masked_sdpa(q, k, v, bias, mask):
@@ -281,6 +368,7 @@ CASES = [
     *SOFTMAX,
     *ROPE,
     *ATTENTION,
+    *ATTENTION_OPTIONS,
     *DECODE,
     *EMBEDDING,
     *CROSS_ENTROPY,
