@@ -5,58 +5,45 @@ in_own_dtype(reference.<op>)(...) evaluates the same formula in the dtype of its
 Dimensions as in _C.pyi: B batch, H query heads, G key/value heads, T queries, S keys, D head size, E value head size.
 """
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
-
-def _double(x):
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _in_float64(formula):
-    @functools.wraps(formula)
-    def oracle(*args, **kwargs):
-        return formula(*(_double(a) for a in args), **{name: _double(a) for name, a in kwargs.items()})
-
-    return oracle
-
-
-def in_own_dtype(oracle):
-    """The formula behind a reference, evaluated in the dtype of its arguments."""
-    return oracle.__wrapped__
-
+from pykern.testing.oracle import in_float64
+from pykern.testing.oracle import in_own_dtype as in_own_dtype
+from pykern.testing.reference_attention import attention as attention
+from pykern.testing.reference_attention import attention_weights as attention_weights
+from pykern.testing.reference_attention import merge_attention as merge_attention
 
 # ---- elementwise
 
 
-@_in_float64
+@in_float64
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), and NaN for NaN."""
     return torch.relu(x)
 
 
-@_in_float64
+@in_float64
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x))"""
     return torch.sigmoid(x)
 
 
-@_in_float64
+@in_float64
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)"""
     return x * torch.sigmoid(x)
 
 
-@_in_float64
+@in_float64
 def gelu(x: Tensor) -> Tensor:
     """x Phi(x) = x erfc(-x / sqrt 2) / 2"""
     return x * torch.special.erfc(x * -math.sqrt(0.5)) * 0.5
 
 
-@_in_float64
+@in_float64
 def gelu_tanh(x: Tensor) -> Tensor:
     """x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)) = x (1 + tanh(...)) / 2"""
     return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
@@ -73,13 +60,13 @@ ACTIVATIONS = {
 }
 
 
-@_in_float64
+@in_float64
 def activation(x: Tensor, kind: str | None) -> Tensor:
     """f(x), f one of "none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid"."""
     return ACTIVATIONS[kind](x)
 
 
-@_in_float64
+@in_float64
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) up"""
     return silu.__wrapped__(gate) * up
@@ -88,7 +75,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 # ---- linear, norms, softmax
 
 
-@_in_float64
+@in_float64
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -104,7 +91,7 @@ def linear(
     return out if residual is None else out + residual
 
 
-@_in_float64
+@in_float64
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor:
@@ -116,7 +103,7 @@ def layer_norm(
     return out if bias is None else out + bias
 
 
-@_in_float64
+@in_float64
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, residual: Tensor | None = None) -> Tensor:
     """h / sqrt(mean h^2 + eps) weight over the last dimension, h = x + residual."""
     h = x if residual is None else x + residual
@@ -124,7 +111,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float = 1e-6, *, residual: T
     return out if weight is None else out * weight
 
 
-@_in_float64
+@in_float64
 def softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """exp(x) / sum exp(x) over the last dimension where mask is True, 0 elsewhere; a row without True is 0."""
     if mask is None:
@@ -135,64 +122,10 @@ def softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.softmax(scores, -1).masked_fill(~mask, 0.0)
 
 
-# ---- attention
+# ---- rope, and attention against a cache
 
 
-def _visible(q, k, mask, causal):
-    """bool [B,H,T,S]: which key each query sees. The last query is on the last key: causal is bottom-right aligned."""
-    T, S = q.shape[2], k.shape[2]
-    visible = torch.ones(T, S, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril(S - T)
-    if mask is not None:
-        visible = visible & mask
-    return visible.expand(*q.shape[:3], S)
-
-
-def _scores(q, k, visible):
-    if q.isfinite().all() and k.isfinite().all():
-        return q @ k.transpose(-1, -2)
-    q = torch.where(visible[..., None], q[..., :, None, :], 0.0)  # 0 * NaN is NaN: what is not seen must not be there
-    k = torch.where(visible[..., None], k[..., None, :, :], 0.0)
-    return (q * k).sum(-1)
-
-
-def _weighted_sum(p, v, visible):
-    if v.isfinite().all():
-        return p @ v
-    return (p[..., None] * torch.where(visible[..., None], v[..., None, :, :], 0.0)).sum(-2)
-
-
-@_in_float64
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    return_lse: bool = False,
-):
-    """softmax(mask(scale q k^T + bias)) v for q [B,H,T,D], k [B,G,S,D], v [B,G,S,E]; lse [B,H,T], natural logarithm.
-
-    mask bool, True = attend, and bias broadcast to [B,H,T,S]. A row that sees nothing is 0, its lse -inf.
-    """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    visible = _visible(q, k, mask, causal)
-    scores = _scores(q, k, visible) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias
-    scores = torch.where(visible, scores, -math.inf)
-    dead = scores.isneginf().all(-1)
-    scores = scores.masked_fill(dead[..., None], 0.0)
-    p = torch.softmax(scores, -1).masked_fill(~visible | dead[..., None], 0.0)
-    out = _weighted_sum(p, v, visible)
-    return (out, torch.logsumexp(scores, -1).masked_fill(dead, -math.inf)) if return_lse else out
-
-
-@_in_float64
+@in_float64
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None, interleaved: bool = False) -> Tensor:
     """Rotates each pair (a, b) of x [B,H,T,D] to (a cos - b sin, a sin + b cos), by cos, sin [P,R/2] of its position.
 
@@ -211,7 +144,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None = None
     return torch.cat((rotated, rest), -1)
 
 
-@_in_float64
+@in_float64
 def attention_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -254,13 +187,13 @@ def attention_with_kvcache(
 # ---- embedding, losses, optimiser
 
 
-@_in_float64
+@in_float64
 def embedding(weight: Tensor, ids: Tensor) -> Tensor:
     """weight[ids] for weight [V,D], ids [...]."""
     return weight[ids]
 
 
-@_in_float64
+@in_float64
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -282,13 +215,13 @@ def cross_entropy(
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / kept.sum()}[reduction]
 
 
-@_in_float64
+@in_float64
 def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, **options) -> Tensor:
     """cross_entropy(x weight^T + bias, target, **options) for x [...,K], weight [V,K]."""
     return cross_entropy.__wrapped__(linear.__wrapped__(x, weight, bias), target, **options)
 
 
-@_in_float64
+@in_float64
 def adamw(
     param: Tensor,
     grad: Tensor,
