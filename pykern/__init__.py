@@ -17,6 +17,7 @@ _NAMES = {
 _NAMES |= dict.fromkeys(
     [
         "attention",
+        "attention_weights",
         "attention_with_kvcache",
         "cross_entropy",
         "embedding",

@@ -3,6 +3,7 @@
 from pykern.ops.activation import gelu, relu, sigmoid, silu, swiglu
 from pykern.ops.adamw import adamw_
 from pykern.ops.attention import attention
+from pykern.ops.attention_weights import attention_weights
 from pykern.ops.cross_entropy import cross_entropy
 from pykern.ops.decode import attention_with_kvcache
 from pykern.ops.embedding import embedding
@@ -25,6 +26,7 @@ from pykern.ops.softmax import softmax
 __all__ = [
     "adamw_",
     "attention",
+    "attention_weights",
     "attention_with_kvcache",
     "cross_entropy",
     "embedding",
