@@ -32,6 +32,7 @@ _NAMES |= dict.fromkeys(
         "layer_norm",
         "linear",
         "linear_cross_entropy",
+        "merge_attention",
         "relu",
         "rms_norm",
         "rope",

@@ -18,6 +18,7 @@ from pykern.ops.flash_attn import (
 from pykern.ops.flash_attn_kvcache import flash_attn_with_kvcache
 from pykern.ops.linear import linear
 from pykern.ops.linear_cross_entropy import linear_cross_entropy
+from pykern.ops.merge_attention import merge_attention
 from pykern.ops.norm import layer_norm, rms_norm
 from pykern.ops.rope import rope
 from pykern.ops.sdpa import scaled_dot_product_attention
@@ -41,6 +42,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "merge_attention",
     "relu",
     "rms_norm",
     "rope",
