@@ -17,6 +17,7 @@ _NAMES = {
 _NAMES |= dict.fromkeys(
     [
         "attention",
+        "attention_weights",
         "attention_with_kvcache",
         "cross_entropy",
         "embedding",
@@ -31,6 +32,7 @@ _NAMES |= dict.fromkeys(
         "layer_norm",
         "linear",
         "linear_cross_entropy",
+        "merge_attention",
         "relu",
         "rms_norm",
         "rope",

@@ -1,5 +1,6 @@
 """The process around the kernels: references, threads, the GIL, fork, lazy import, configuration and explain."""
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def test_references_do_not_leak():
     for source in (t, wrapped):
         relu(source, out)  # types are cached on first sight
     del source
+    gc.collect()  # else what earlier tests left may go while this one counts
     before = [sys.getrefcount(o) for o in objects]
 
     def use(source):

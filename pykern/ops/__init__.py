@@ -3,6 +3,7 @@
 from pykern.ops.activation import gelu, relu, sigmoid, silu, swiglu
 from pykern.ops.adamw import adamw_
 from pykern.ops.attention import attention
+from pykern.ops.attention_weights import attention_weights
 from pykern.ops.cross_entropy import cross_entropy
 from pykern.ops.decode import attention_with_kvcache
 from pykern.ops.embedding import embedding
@@ -17,6 +18,7 @@ from pykern.ops.flash_attn import (
 from pykern.ops.flash_attn_kvcache import flash_attn_with_kvcache
 from pykern.ops.linear import linear
 from pykern.ops.linear_cross_entropy import linear_cross_entropy
+from pykern.ops.merge_attention import merge_attention
 from pykern.ops.norm import layer_norm, rms_norm
 from pykern.ops.rope import rope
 from pykern.ops.sdpa import scaled_dot_product_attention
@@ -25,6 +27,7 @@ from pykern.ops.softmax import softmax
 __all__ = [
     "adamw_",
     "attention",
+    "attention_weights",
     "attention_with_kvcache",
     "cross_entropy",
     "embedding",
@@ -39,6 +42,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "merge_attention",
     "relu",
     "rms_norm",
     "rope",

@@ -29,7 +29,7 @@ def below_autograd(op, *args):
         return op(*args)
 
 
-def _without_second_derivative(name: str, backward):
+def _differentiable_once(refusal: str, backward):
     """backward, whose results raise a RuntimeError when they are differentiated in turn: never a silently cut graph."""
 
     def once(ctx, *grads):
@@ -38,16 +38,24 @@ def _without_second_derivative(name: str, backward):
         if not torch.is_grad_enabled():  # the usual case: no create_graph=True
             return results
         results = results if isinstance(results, tuple) else (results,)
-        refuse = torch._C._functions.DelayedError(f"{name} has no second derivative", len(results))
+        refuse = torch._C._functions.DelayedError(refusal, len(results))
         return refuse(*(None if x is None else x.detach().requires_grad_() for x in results))
 
     return staticmethod(once)
 
 
-def differentiable(op, function: type[torch.autograd.Function]) -> None:
-    """Routes calls that need a gradient through function.apply, all others straight to the kernel."""
+def differentiable(
+    op, function: type[torch.autograd.Function], *, twice: bool = False, refusal: str | None = None
+) -> None:
+    """Routes calls that need a gradient through function.apply, all others straight to the kernel.
+
+    Results of function.backward are not differentiable, a RuntimeError with the words of refusal says so; unless twice:
+    what it calls is.
+    """
     name = op.name().split(".")[0]
-    function.backward = _without_second_derivative(name, function.backward)  # type: ignore[method-assign]
+    if not twice:
+        refusal = refusal or f"{name} has no second derivative"
+        function.backward = _differentiable_once(refusal, function.backward)  # type: ignore[method-assign]
 
     def with_autograd(*args):
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):

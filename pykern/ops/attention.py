@@ -15,16 +15,11 @@ from pykern.ops._library import (
     require_tensors,
     unit_last,
 )
-
-# What follows q, k, v in every op here.
-OPTIONS = (
-    "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? seed, int left, int right, float scale, float softcap, float dropout_p"
-)
-MASK, BIAS, SLOPES, SINKS, CU_Q, CU_K, SEED, LEFT, RIGHT, SCALE, SOFTCAP, DROPOUT = range(12)
+from pykern.ops.attention_formula import BIAS, LEFT, MASK, OPTIONS, SINKS
+from pykern.ops.attention_second import AttentionBackward
 
 
-def _expanded(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def expanded(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return None if x is None else x.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
@@ -59,7 +54,7 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _forward(q, k, v, *options):
     out, lse = _results(q, v)
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
-    mask, bias = _expanded(options[MASK], q, k), _expanded(options[BIAS], q, k)
+    mask, bias = expanded(options[MASK], q, k), expanded(options[BIAS], q, k)
     _C.attention_forward(q, k, v, mask, bias, out, lse, **kernel_options(options))
     return out, lse
 
@@ -78,7 +73,7 @@ def _backward(q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options):
     q, k, v, dout = unit_last(q), unit_last(k), unit_last(v), unit_last(dout)
     dq, dk, dv, dbias, dsinks = _gradients(q, k, v, options[BIAS], options[SINKS], want_bias, want_sinks)
     _C.attention_backward(
-        *(q, k, v, _expanded(options[MASK], q, k), _expanded(options[BIAS], q, k)),
+        *(q, k, v, expanded(options[MASK], q, k), expanded(options[BIAS], q, k)),
         *(out, lse, dout, dlse, dq, dk, dv),
         dbias if want_bias else None,
         dsinks if want_sinks else None,
@@ -120,29 +115,30 @@ class _Attention(torch.autograd.Function):
             if dlse is None:
                 return (None, None, None, None, None, None, None, *nothing[2:])
             dout = torch.zeros_like(out)
-        dq, dk, dv, dbias, dsinks = _attention_backward(
-            q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *tensors, *ctx.numbers
-        )
+        arguments = (q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *tensors, *ctx.numbers)
+        if torch.is_grad_enabled():  # create_graph=True: the results are differentiable in turn
+            dq, dk, dv, dbias, dsinks = _attention_backward(*arguments)
+        else:
+            dq, dk, dv, dbias, dsinks = below_autograd(_attention_backward, *arguments)
         return (
             *(dq, dk, dv, None, dbias if want_bias else None),
             *(None, dsinks if want_sinks else None, *nothing[2:]),
         )
 
 
-differentiable(_attention, _Attention)
+differentiable(_attention, _Attention, twice=True)
+differentiable(_attention_backward, AttentionBackward, refusal="pykern::attention has no third derivative")
 
 
-def rank4(name: str, x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+def rank4(op: str, name: str, x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     """x of rank 1-4, broadcast from the right, as a rank-4 view."""
     if x is None:
         return None
-    require_tensors("attention", **{name: x})
+    require_tensors(op, **{name: x})
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     x4 = x.reshape((1,) * (4 - x.dim()) + x.shape) if 1 <= x.dim() < 4 else x
     if x4.dim() != 4 or any(n not in (1, size) for n, size in zip(x4.shape, sizes, strict=True)):
-        raise ValueError(
-            f"attention: {name} of shape {list(x.shape)} does not broadcast to [B, H, T, S] = {list(sizes)}"
-        )
+        raise ValueError(f"{op}: {name} of shape {list(x.shape)} does not broadcast to [B, H, T, S] = {list(sizes)}")
     return x4
 
 
@@ -178,9 +174,9 @@ def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> 
     return torch.tensor([seed], device=device)
 
 
-def check_layout(name: str, x: Tensor, layout: str) -> None:
+def check_layout(op: str, name: str, x: Tensor, layout: str) -> None:
     if x.dim() != layout.count(",") + 1:
-        raise ValueError(f"attention: {name} must be {layout}, got shape {list(x.shape)}")
+        raise ValueError(f"{op}: {name} must be {layout}, got shape {list(x.shape)}")
 
 
 def slopes_of(op: str, alibi_slopes: Tensor | None, sequences: int, heads: int) -> Tensor | None:
@@ -190,8 +186,7 @@ def slopes_of(op: str, alibi_slopes: Tensor | None, sequences: int, heads: int) 
     require_tensors(op, alibi_slopes=alibi_slopes)
     if tuple(alibi_slopes.shape) not in ((heads,), (sequences, heads)):
         raise ValueError(
-            f"{op}: alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}] or "
-            f"[{sequences}, {heads}]"
+            f"{op}: alibi_slopes has shape {list(alibi_slopes.shape)}, expected [{heads}] or [{sequences}, {heads}]"
         )
     if alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: alibi_slopes takes no gradient; pass -slopes * distance as bias to learn them")
@@ -241,15 +236,15 @@ def attention(
     if ragged:
         optional_tensors("attention", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         for name, x, layout in (("q", q, "[total, H, D]"), ("k", k, "[total, G, D]"), ("v", v, "[total, G, E]")):
-            check_layout(name, x, layout)
+            check_layout("attention", name, x, layout)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     for name, x, layout in (("q", q, "[B, H, T, D]"), ("k", k, "[B, G, S, D]"), ("v", v, "[B, G, S, E]")):
-        check_layout(name, x, layout)
+        check_layout("attention", name, x, layout)
     if sinks is not None:
         require_tensors("attention", sinks=sinks)
     sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
     slopes = slopes_of("attention", alibi_slopes, sequences, q.shape[1])
-    mask, bias = rank4("mask", mask, q, k), rank4("bias", bias, q, k)
+    mask, bias = rank4("attention", "mask", mask, q, k), rank4("attention", "bias", bias, q, k)
     q, k, v, bias, sinks = autocast("attention", q, k, v, bias, sinks)
     out, lse = _attention(
         *(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k, _seed(seed, dropout_p, q.device)),
