@@ -89,11 +89,10 @@ static void define(py::module_& m, const char* name,
                 dropout_p},
                results...);
       },
-      arg("q"), arg("k"), arg("v"), arg("mask"), arg("bias"), args..., py::kw_only(),
-      arg("causal"), arg("scale"), arg("window_left") = -1, arg("window_right") = -1,
-      arg("softcap") = 0.0, arg("alibi_slopes") = none, arg("sinks") = none,
-      arg("dropout_p") = 0.0, arg("seed") = none, arg("cu_seqlens_q") = none,
-      arg("cu_seqlens_k") = none);
+      arg("q"), arg("k"), arg("v"), arg("mask"), arg("bias"), args..., py::kw_only(), arg("causal"),
+      arg("scale"), arg("window_left") = -1, arg("window_right") = -1, arg("softcap") = 0.0,
+      arg("alibi_slopes") = none, arg("sinks") = none, arg("dropout_p") = 0.0, arg("seed") = none,
+      arg("cu_seqlens_q") = none, arg("cu_seqlens_k") = none);
 }
 
 void bind_attention(py::module_& m) {

@@ -25,9 +25,9 @@ struct Left {
 // all 0; see(i, k) tells whether row i takes part in number k of the sum; hide is set when B has
 // numbers that a row must not touch.
 template <class T, class Span, class See>
-static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, Right<T> b,
-                       int64_t count, int64_t run, const Span& span, bool hide,
-                       Compute<T>* hidden, const See& see) {
+static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, Right<T> b, int64_t count,
+                       int64_t run, const Span& span, bool hide, Compute<T>* hidden,
+                       const See& see) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int W = kTileColumns<T>, R = kTileRows;
@@ -70,15 +70,15 @@ static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, Right<
   }
 }
 
-// The queries that may see a key of [first, last]: [begin, end), begin being even, so that pairs of
-// rows are the same for every tile.
+// The queries that may see a key of [first, last]: [begin, end). begin is that of a chunk, so that
+// every tile cuts the queries, and sums over them, alike.
 template <class T>
 static void queries_of(const Group<T>& x, int64_t first, int64_t last, int64_t& begin,
                        int64_t& end) {
   const int64_t shift = x.S - x.T_;  // query t sits on key t + shift
   begin = x.right < 0 ? 0 : first - x.right - shift;
   end = x.left < 0 ? x.T_ : last + x.left - shift + 1;
-  begin = begin < 0 ? 0 : begin / 2 * 2;
+  begin = begin < 0 ? 0 : begin / kChunkRows * kChunkRows;
   end = end > x.T_ ? x.T_ : end;
 }
 
@@ -94,8 +94,7 @@ struct QueryRows {
   }
   void pack(const BackwardGroup<T>& x) {
     for (int64_t h = 0; h < x.heads; ++h) {
-      if (size(x.T_, x.D))
-        right_rows<T>(x.q.at(h, 0), x.q.row, x.T_, x.D, q + h * size(x.T_, x.D));
+      if (size(x.T_, x.D)) right_rows<T>(x.q.at(h, 0), x.q.row, x.T_, x.D, q + h * size(x.T_, x.D));
       if (size(x.T_, x.E))
         right_rows<T>(x.dout.at(h, 0), x.dout.row, x.T_, x.E, dout + h * size(x.T_, x.E));
     }
@@ -121,8 +120,8 @@ struct QueryRows {
 // D_padded] of the whole group, added, once per tile.
 template <class T>
 static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t step,
-                          BackwardMemory<T>& memory, const QueryRows<T>& queries, Compute<T>* dq, T* dk, int64_t dk_row, T* dv,
-                          int64_t dv_row, double scale) {
+                          BackwardMemory<T>& memory, const QueryRows<T>& queries, Compute<T>* dq,
+                          T* dk, int64_t dk_row, T* dv, int64_t dv_row, double scale) {
   using C = Compute<T>;
   const int64_t D_padded = memory.D_padded, E_padded = memory.E_padded;
   Sight sight;
@@ -154,12 +153,8 @@ static void backward_keys(const BackwardGroup<T>& x, int64_t first_tile, int64_t
         const auto hides = [&](const Right<T>& b, int64_t count, int64_t width) {
           return sight.partial && !all_finite<T>(b, count, width);
         };
-        const auto key_sees = [&](int64_t key, int64_t row) {
-          return sight.words[row] >> key & 1;
-        };
-        const auto row_sees = [&](int64_t row, int64_t key) {
-          return sight.words[row] >> key & 1;
-        };
+        const auto key_sees = [&](int64_t key, int64_t row) { return sight.words[row] >> key & 1; };
+        const auto row_sees = [&](int64_t row, int64_t key) { return sight.words[row] >> key & 1; };
         const auto rows_seeing = [&](int key, int n, int64_t& begin, int64_t& end) {
           sight.rows_that_see(low_bits(n) << key, rows, kUnit<T>, begin, end);
         };
@@ -217,9 +212,8 @@ static void row_facts(const AttentionBackward& op, RowFacts<Compute<T>>* facts, 
           E, [&](int64_t e, int n) { sum = fma(load_n(out + e, n), load_n(dout + e, n), sum); });
       const double lse = stat_at(op.lse, b, h, t) * kLog2E;
       const C shift = lse == -INFINITY ? INFINITY : static_cast<C>(lse);
-      const C factor = lse == -INFINITY ? C(1) : static_cast<C>(::exp((shift - lse) * kLn2));
       const double dlse = op.dlse.given ? stat_at(op.dlse, b, h, t) : 0;
-      facts[i] = {shift, factor, static_cast<C>(sum.sum() - dlse)};
+      facts[i] = {shift, rounding_factor(shift, lse), static_cast<C>(sum.sum() - dlse)};
     }
   });
 }
@@ -342,8 +336,8 @@ static Status backward(const AttentionBackward& op, int threads) {
   const auto write_dq = [&](int64_t pair, int64_t first, int64_t last, int parts, int slot) {
     const Place at = place_of(op, pair / G);
     for (int64_t r = first; r < last; ++r) {
-      T* dq = row_at<T>(op.dq, at.batch, pair % G * heads + r / at.queries,
-                        at.q_row + r % at.queries);
+      T* dq =
+          row_at<T>(op.dq, at.batch, pair % G * heads + r / at.queries, at.q_row + r % at.queries);
       each_vector<C>(D, [&](int64_t i, int n) {
         Vec<C> sum = load(dqs.template at<C>(slot) + r * D_padded + i);
         for (int part = 1; part < parts; ++part)
@@ -359,8 +353,9 @@ static Status backward(const AttentionBackward& op, int threads) {
       parallel_for(chains, threads, [&](int64_t chain, int thread) {
         keys_of(pair, queries, chain, kChains, static_cast<int>(chain), thread);
       });
-      parallel_rows(heads * place_of(op, pair / G).queries, 64, threads,
-                    [&](int64_t first, int64_t last, int) { write_dq(pair, first, last, chains, 0); });
+      parallel_rows(
+          heads * place_of(op, pair / G).queries, 64, threads,
+          [&](int64_t first, int64_t last, int) { write_dq(pair, first, last, chains, 0); });
     }
   } else {
     parallel_for(pairs, threads, [&](int64_t pair, int thread) {

@@ -1,7 +1,7 @@
-// Forward attention of many rows: queries are lanes, three vectors of them a strip. Scores of a tile
-// lie as [key][query], so that softmax runs down the lanes: no sum and no maximum across a register,
-// one rescaling factor for a whole vector of queries, and neither keys nor (where numbers are not
-// paired) values are packed: an element of either is broadcast against a row of queries.
+// Forward attention of many rows: queries are lanes, three vectors of them a strip. Scores of a
+// tile lie as [key][query], so that softmax runs down the lanes: no sum and no maximum across a
+// register, one rescaling factor for a whole vector of queries, and neither keys nor (where numbers
+// are not paired) values are packed: an element of either is broadcast against a row of queries.
 //
 //   s = k q^T   [64, queries]      out^T = v^T p   [E, queries]
 //
@@ -28,10 +28,10 @@ struct Strip {
   alignas(64) C diagonal[Q], slope[Q];
   alignas(64) Bit seen[parts][Q], keep[parts][Q];
   int rows, lane0;
-  int64_t first_key, end_key;            // of all that some row may see
-  int64_t whole_from, whole_to;          // keys that every row sees, but for the mask
-  int begin, end[kStripVectors];         // of the tile, that a vector and those before it may see
-  bool partial;                          // some row does not see all of the tile
+  int64_t first_key, end_key;     // of all that some row may see
+  int64_t whole_from, whole_to;   // keys that every row sees, but for the mask
+  int begin, end[kStripVectors];  // of the tile, that a vector and those before it may see
+  bool partial;                   // some row does not see all of the tile
   int last() const { return end[kStripVectors - 1]; }
   int idle() const { return lane0 / L; }  // vectors
   bool live(int i) const { return i >= lane0 && i < lane0 + rows; }
@@ -68,7 +68,8 @@ template <class T>
 static void put_word(typename Strip<T>::Bit (&words)[Strip<T>::parts][Strip<T>::Q], int i,
                      uint64_t word) {
   for (int part = 0; part < Strip<T>::parts; ++part)
-    words[part][i] = static_cast<typename Strip<T>::Bit>(word >> part * 8 * sizeof(Compute<T>) % 64);
+    words[part][i] =
+        static_cast<typename Strip<T>::Bit>(word >> part * 8 * sizeof(Compute<T>) % 64);
 }
 
 // Fills in what the strip sees of the tile at `first`; false when that is nothing.
@@ -120,8 +121,8 @@ static void bias_columns(const Group<T>& x, int64_t first, int keys, Strip<T>& s
     if (hidden == 0) continue;
     strip.partial = true;
     for (int part = 0; part < Strip<T>::parts; ++part)
-      strip.seen[part][i] &= ~static_cast<typename Strip<T>::Bit>(
-          hidden >> part * 8 * sizeof(C) % 64);
+      strip.seen[part][i] &=
+          ~static_cast<typename Strip<T>::Bit>(hidden >> part * 8 * sizeof(C) % 64);
   }
 }
 
@@ -134,8 +135,8 @@ template <class T, int NV>
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q, j0 = kStripVectors - NV;
   V acc[kKeyRows][NV] = {};
-  multiply_tile<T, kKeyRows, NV>(units<T>(x.D), k, k_row, 1,
-                                 memory.strip_q + j0 * L - strip.lane0, Q - strip.lane0, acc);
+  multiply_tile<T, kKeyRows, NV>(units<T>(x.D), k, k_row, 1, memory.strip_q + j0 * L - strip.lane0,
+                                 Q - strip.lane0, acc);
   V top[NV];
 #pragma GCC unroll 4
   for (int j = 0; j < NV; ++j) top[j] = load(memory.top + (j0 + j) * L);
@@ -163,8 +164,7 @@ template <class T, int NV>
               abs(V::splat(static_cast<C>(first + key + i)) - load(strip.diagonal + at));
           y = fma(load(strip.slope + at), distance, y);
         }
-        if (x.bias)
-          y = add_bias(load(memory.bias + (key + i) * Q + at), y);
+        if (x.bias) y = add_bias(load(memory.bias + (key + i) * Q + at), y);
         if (strip.partial)
           y = select(Strip<T>::lanes(strip.seen, key + i, j0 + j), y, V::splat(-INFINITY));
         top[j] = max(top[j], y);
@@ -210,8 +210,7 @@ static void pack_queries(const Group<T>& x, const Strip<T>& strip, const ColumnM
   Lanes<T> rows = {x.q.at(strip.h[first], strip.t[first]), x.q.row, 1};
   if (strip.h[first] != strip.h[last]) {  // rows of several heads
     for (int i = first; i <= last; ++i)
-      memcpy(memory.gathered + (i - first) * x.D, x.q.at(strip.h[i], strip.t[i]),
-             x.D * sizeof(T));
+      memcpy(memory.gathered + (i - first) * x.D, x.q.at(strip.h[i], strip.t[i]), x.D * sizeof(T));
     rows = {memory.gathered, x.D, 1};
   }
   pack<T>(memory.strip_q, Strip<T>::Q - first, rows, strip.rows, strip.rows, x.D);
@@ -287,8 +286,8 @@ static void weigh(const Strip<T>& strip, const Dropout& dropout, int j,
   store(memory.rescale + j * L, rescale);
 }
 
-// acc[i][j] += sum over units of v[i] p[j], vector j up to its own end: one sum without a break, which
-// later vectors go on with where earlier ones see nothing.
+// acc[i][j] += sum over units of v[i] p[j], vector j up to its own end: one sum without a break,
+// which later vectors go on with where earlier ones see nothing.
 template <class T, int n, int NV>
 [[gnu::always_inline]] static inline void sum_values(const Strip<T>& strip, const Compute<T>* v,
                                                      int64_t v_unit, int64_t u0,
@@ -362,8 +361,8 @@ template <class T>
       V acc[1][1] = {};
       if constexpr (kFused) {
         for (int64_t u = u0; u < u1; ++u)
-          acc[0][0] = multiply_add<T>(acc[0][0], load(column + u * L),
-                                      load(memory.p + u * Q + j * L));
+          acc[0][0] =
+              multiply_add<T>(acc[0][0], load(column + u * L), load(memory.p + u * Q + j * L));
       } else {
         for (int64_t u = u0; u < u1; u += 16) {  // the runs of multiply_tile
           V run = V::zero();

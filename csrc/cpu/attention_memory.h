@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kBlockRows = 96;    // of a task; a tile of keys is looked up once for all of them
 constexpr int kStripVectors = 3;  // of queries, side by side
-constexpr int kKeyRows = kVectorBytes == 64 ? 8 : 4;  // times 3: 24 or 12 accumulators, as in tile.h
+constexpr int kKeyRows =
+    kVectorBytes == 64 ? 8 : 4;  // times 3: 24 or 12 accumulators, as in tile.h
 
 // With no more rows than this, lanes of queries would be mostly empty: then keys are lanes.
 template <class T>
@@ -60,15 +61,13 @@ struct RowArrays {
   using C = Compute<T>;
   static constexpr int W = kTileColumns<T>, R = kTileRows;
   C *q, *keys, *values, *page_k, *page_v, *hidden, *s, *p, *out, *m, *l;
-  int64_t strip, E_padded;
+  int64_t E_padded;
   T* gathered;
 
   template <class Take>
   void layout(int64_t D, int64_t E, const Take& take) {
-    constexpr int rows = (kFewRows<T> + R - 1) / R * R;
-    strip = units<T>(D) * R + Vec<C>::lanes;
     E_padded = round_up(E, W);
-    q = take(rows / R * strip);
+    q = take(units<T>(D) * R + Vec<C>::lanes);
     keys = take(units<T>(D) * kKeys);
     values = take(units<T>(kKeys) * E_padded + Vec<C>::lanes);
     page_k = take(kKeys * D);
@@ -76,9 +75,9 @@ struct RowArrays {
     hidden = take(units<T>(kKeys) * W);
     s = take(R * kKeys);
     p = take(R * kKeys);
-    out = take(rows * E_padded);
-    m = take(rows);
-    l = take(rows);
+    out = take(R * E_padded);
+    m = take(R);
+    l = take(R);
     gathered = reinterpret_cast<T*>(take(R * D + Vec<C>::lanes));
   }
 };

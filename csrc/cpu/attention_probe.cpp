@@ -39,10 +39,12 @@ static Status weights(const AttentionWeights& op, int threads) {
         V y[n];
         finish_scores<T>(x, h, t, first, s, word, y);
         const double lse = stat_at(op.lse, b, g * heads + h, t) * kLog2E;
-        const V shift = V::splat(lse == -INFINITY ? INFINITY : static_cast<C>(lse));
+        const C rounded = lse == -INFINITY ? INFINITY : static_cast<C>(lse);
+        const V shift = V::splat(rounded), factor = V::splat(rounding_factor(rounded, lse));
         T* out = row_at<T>(op.weights, b, g * heads + h, i) + first;
         for (int j = 0; j < n; ++j) {
-          const V p = select(lanes_of<C>(word, j * V::lanes), power2(y[j] - shift), V::zero());
+          const V p =
+              select(lanes_of<C>(word, j * V::lanes), power2(y[j] - shift) * factor, V::zero());
           const int left = count - j * V::lanes;
           if (left > 0) store_n(out + j * V::lanes, p, left < V::lanes ? left : V::lanes);
         }

@@ -46,98 +46,93 @@ static inline Compute<T> update_row(const Group<T>& x, int64_t r, int64_t first,
   return rescale.r[0];
 }
 
+// The tile at `first`, whose keys and values are packed, added to n rows of the group from r0 on.
+template <class T, int n>
+static void add_tile(const Group<T>& x, int64_t r0, int64_t first, int64_t keys, uint64_t* words,
+                     const Right<T>& values, const RowMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int W = kTileColumns<T>, R = kTileRows;
+  constexpr int p_row = kKeys / kUnit<T>;  // units of a row of weights
+  const int64_t width = units<T>(x.D), count = units<T>(keys), E_padded = memory.E_padded;
+  for (int c = 0; c < kKeys / W; ++c) {
+    V acc[n][kTileVectors] = {};
+    multiply_tile<T, n, kTileVectors>(width, memory.q, 1, R, memory.keys + c * width * W, W, acc);
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < kTileVectors; ++j)
+        store(memory.s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
+  }
+  C rescale[n];
+  uint64_t all = low_bits(keys);
+  for (int i = 0; i < n; ++i) {
+    rescale[i] = update_row<T>(x, r0 + i, first, memory.s + i * kKeys, words[i],
+                               memory.p + i * p_row, memory.m + i, memory.l + i);
+    all &= words[i];
+  }
+  const bool hide = all != low_bits(keys) && !all_finite<T>(values, count, E_padded);
+  for (int64_t e = 0; e < E_padded; e += W) {
+    const C* panel = values.data + e / W * values.panel;
+    V acc[n][kTileVectors] = {};
+    if (!hide)
+      multiply_tile<T, n, kTileVectors>(count, memory.p, p_row, 1, panel, values.unit, acc);
+    for (int i = 0; hide && i < n; ++i) {
+      const uint64_t word = words[i];
+      hide_rows<T>(memory.hidden, panel, values.unit, count,
+                   [&](int64_t k) { return word >> k & 1; });
+      V row[1][kTileVectors] = {};
+      multiply_tile<T, 1, kTileVectors>(count, memory.p + i * p_row, p_row, 1, memory.hidden, W,
+                                        row);
+      for (int j = 0; j < kTileVectors; ++j) acc[i][j] = row[0][j];
+    }
+    for (int i = 0; i < n; ++i)
+      for (int j = 0; j < kTileVectors; ++j) {
+        C* out = memory.out + i * E_padded + e + j * V::lanes;
+        store(out, fma(load(out), V::splat(rescale[i]), acc[i][j]));
+      }
+  }
+}
+
 // Rows r0 .. r1 - 1 of the group, at most kFewRows.
 template <class T>
 static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,
                          RowMemory<T>& memory) {
   using C = Compute<T>;
   using V = Vec<C>;
-  constexpr int W = kTileColumns<T>, R = kTileRows;
-  constexpr int p_row = kKeys / kUnit<T>;  // units of a row of weights
-  const int64_t count = units<T>(x.D), E_padded = memory.E_padded;
-  const int64_t rows = r1 - r0;
+  constexpr int R = kTileRows;
+  static_assert(kFewRows<T> <= R, "the rows are one strip");
+  const int64_t E_padded = memory.E_padded;
+  const int rows = static_cast<int>(r1 - r0);
 
-  int64_t first_key = x.S, last_key = 0;
-  for (int64_t i = 0; i < rows; i += R) {  // queries as strips of R lanes
-    const int n = rows - i < R ? static_cast<int>(rows - i) : R;
-    for (int j = 0; j < n; ++j) {
-      const int64_t r = r0 + i + j, begin = x.first_key(r % x.T_), end = x.end_key(r % x.T_);
-      memcpy(memory.gathered + j * x.D, x.q.at(r / x.T_, r % x.T_), x.D * sizeof(T));
-      first_key = begin < first_key ? begin : first_key;
-      last_key = end > last_key ? end : last_key;
-    }
-    pack<T>(memory.q + i / R * memory.strip, R, {memory.gathered, x.D, 1}, n, n, x.D);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    memory.m[i] = x.sink((r0 + i) / x.T_);
+  int64_t first_key = x.S, end_key = 0;
+  for (int i = 0; i < rows; ++i) {
+    const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
+    memcpy(memory.gathered + i * x.D, x.q.at(h, t), x.D * sizeof(T));
+    const int64_t begin = x.first_key(t), end = x.end_key(t);
+    first_key = begin < first_key ? begin : first_key;
+    end_key = end > end_key ? end : end_key;
+    memory.m[i] = x.sink(h);
     memory.l[i] = memory.m[i] == C(-INFINITY) ? C(0) : C(1);
   }
+  pack<T>(memory.q, R, {memory.gathered, x.D, 1}, rows, rows, x.D);
   for (int64_t i = 0; i < rows * E_padded; ++i) memory.out[i] = C(0);
 
-  for (int64_t first = first_key / kKeys * kKeys; first < last_key; first += kKeys) {
-    const int64_t keys = last_key - first < kKeys ? last_key - first : kKeys;
+  for (int64_t first = first_key / kKeys * kKeys; first < end_key; first += kKeys) {
+    const int64_t keys = end_key - first < kKeys ? end_key - first : kKeys;
+    uint64_t words[R], any = 0;
+    for (int i = 0; i < rows; ++i) {
+      words[i] = visible(x, (r0 + i) / x.T_, (r0 + i) % x.T_, first);
+      any |= words[i];
+    }
+    if (any == 0) continue;
     const TileRows<T> k = tile_keys(x, first, keys, memory.page_k);
     const TileRows<T> v = tile_values(x, first, keys, memory.page_v);
     pack_keys<T>(memory.keys, k.data, k.row, keys, x.D);
     const Right<T> values = right_rows<T>(v.data, v.row, keys, x.E, memory.values);
-
-    for (int64_t i0 = 0; i0 < rows; i0 += R) {
-      const int n = rows - i0 < R ? static_cast<int>(rows - i0) : R;
-      uint64_t words[R], any = 0, all = low_bits(keys);
-      for (int i = 0; i < n; ++i) {
-        const int64_t r = r0 + i0 + i;
-        words[i] = visible(x, r / x.T_, r % x.T_, first);
-        any |= words[i];
-      }
-      if (any == 0) continue;
-
-      with_rows(n, [&](auto strip_rows) {
-        constexpr int n = strip_rows.value;
-        for (int c = 0; c < kKeys / W; ++c) {
-          V acc[n][kTileVectors] = {};
-          multiply_tile<T, n, kTileVectors>(count, memory.q + i0 / R * memory.strip, 1, R,
-                                            memory.keys + c * count * W, W, acc);
-          for (int i = 0; i < n; ++i)
-            for (int j = 0; j < kTileVectors; ++j)
-              store(memory.s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
-        }
-        C rescale[n];
-        for (int i = 0; i < n; ++i) {
-          rescale[i] = update_row<T>(x, r0 + i0 + i, first, memory.s + i * kKeys, words[i],
-                                     memory.p + i * p_row, memory.m + i0 + i,
-                                     memory.l + i0 + i);
-          all &= words[i];
-        }
-        const bool hide =
-            all != low_bits(keys) && !all_finite<T>(values, units<T>(keys), E_padded);
-        for (int64_t e = 0; e < E_padded; e += W) {
-          const C* panel = values.data + e / W * values.panel;
-          V acc[n][kTileVectors] = {};
-          if (!hide) {
-            multiply_tile<T, n, kTileVectors>(units<T>(keys), memory.p, p_row, 1, panel,
-                                              values.unit, acc);
-          } else {
-            for (int i = 0; i < n; ++i) {
-              const uint64_t word = words[i];
-              hide_rows<T>(memory.hidden, panel, values.unit, units<T>(keys),
-                           [&](int64_t k) { return word >> k & 1; });
-              V row[1][kTileVectors] = {};
-              multiply_tile<T, 1, kTileVectors>(units<T>(keys), memory.p + i * p_row, p_row, 1,
-                                                memory.hidden, W, row);
-              for (int j = 0; j < kTileVectors; ++j) acc[i][j] = row[0][j];
-            }
-          }
-          for (int i = 0; i < n; ++i)
-            for (int j = 0; j < kTileVectors; ++j) {
-              C* out = memory.out + (i0 + i) * E_padded + e + j * V::lanes;
-              store(out, fma(load(out), V::splat(rescale[i]), acc[i][j]));
-            }
-        }
-      });
-    }
+    with_rows(rows,
+              [&](auto n) { add_tile<T, n.value>(x, r0, first, keys, words, values, memory); });
   }
 
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int i = 0; i < rows; ++i) {
     const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
     const C l = memory.l[i];
     const C inverse = l == C(0) ? C(0) : C(1) / l;  // a row that sees no key is all zeros

@@ -127,6 +127,12 @@ static inline double stat_at(const Tensor& t, int64_t b, int64_t h, int64_t i) {
   return t.dtype == DType::f64 ? row_at<double>(t, b, h, i)[0] : row_at<float>(t, b, h, i)[0];
 }
 
+// 2^(rounded - lse): what the weights 2^(score - rounded) lack, lse being in base 2 and exact.
+template <class C>
+static inline C rounding_factor(C rounded, double lse) {
+  return lse == -INFINITY ? C(1) : static_cast<C>(::exp((rounded - lse) * kLn2));
+}
+
 static inline uint64_t low_bits(int64_t n) {
   return n <= 0 ? 0 : n >= 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
 }
@@ -312,8 +318,8 @@ static bool all_finite(const Right<T>& b, int64_t count, int64_t width) {
   for (int64_t column = 0; column < width; column += W)
     for (int64_t u = 0; u < count; ++u)
       for (int i = 0; i < W; i += V::lanes)
-        probe = multiply_add<T>(probe, load(b.data + u * b.unit + column / W * b.panel + i),
-                                V::zero());
+        probe =
+            multiply_add<T>(probe, load(b.data + u * b.unit + column / W * b.panel + i), V::zero());
   return bits_of(probe != probe) == 0;
 }
 

@@ -150,7 +150,8 @@ template <class T>
 // products take.
 template <class T>
 static void store_weights(const BackwardGroup<T>& x, int64_t h, int64_t t0,
-                          [[maybe_unused]] int64_t rows, int64_t r, int64_t first, Sight& sight, BackwardMemory<T>& memory) {
+                          [[maybe_unused]] int64_t rows, int64_t r, int64_t first, Sight& sight,
+                          BackwardMemory<T>& memory) {
   using V = Vec<Compute<T>>;
   constexpr int n = kKeys / V::lanes;
   const auto weigh = [&](int64_t i, V(&p)[n], V(&ds)[n]) __attribute__((always_inline)) {
@@ -209,8 +210,8 @@ static void chunk_products(const BackwardGroup<T>& x, int64_t h, int64_t t0, int
   }
 }
 
-// Weights and their gradients of the rows t0 .. t0 + rows - 1 of head h against the tile at `first`,
-// whose columns of k and v are packed. A bias of -inf takes its key from sight.
+// Weights and their gradients of the rows t0 .. t0 + rows - 1 of head h against the tile at
+// `first`, whose columns of k and v are packed. A bias of -inf takes its key from sight.
 template <class T>
 static void weights_chunk(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows,
                           int64_t first, Sight& sight, BackwardMemory<T>& memory) {

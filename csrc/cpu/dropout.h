@@ -41,8 +41,9 @@ static inline void multiply(Words a, uint32_t m, Words& high, Words& low) {
 // Bit i: the weight of key tile * 64 + i is kept.
 static inline uint64_t keep_word(const Dropout& d, int64_t b, int64_t h, int64_t t, int64_t tile) {
   constexpr Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Words c0 = lane + static_cast<uint32_t>(tile * kCounters), c1 = Words{} + static_cast<uint32_t>(t),
-        c2 = Words{} + static_cast<uint32_t>(h), c3 = Words{} + static_cast<uint32_t>(b);
+  Words c0 = lane + static_cast<uint32_t>(tile * kCounters),
+        c1 = Words{} + static_cast<uint32_t>(t), c2 = Words{} + static_cast<uint32_t>(h),
+        c3 = Words{} + static_cast<uint32_t>(b);
   uint32_t k0 = d.key[0], k1 = d.key[1];
   for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
     Words high0, low0, high1, low1;
@@ -60,8 +61,7 @@ static inline uint64_t keep_word(const Dropout& d, int64_t b, int64_t h, int64_t
     const Words on = (Words)(words[w] >= threshold);
     memcpy(lanes, &on, sizeof lanes);
     for (int i = 0; i < kCounters; i += VecF::lanes)
-      keep |= bits_of(Mask<float>{(Registers<float>::Int)load(lanes + i).r})
-              << (w * kCounters + i);
+      keep |= bits_of(Mask<float>{(Registers<float>::Int)load(lanes + i).r}) << (w * kCounters + i);
   }
   return keep;
 }

@@ -89,7 +89,7 @@ static inline VecD exp(VecD x) {
 template <bool few_bits = false>
 static inline VecF power2(VecF x) {
   // 2^r = 1 + r q(r) on |r| <= 1/2; relative errors 2.6e-9 and 3.6e-6
-  constexpr float fine[] = {0.69314724f, 0.24022652f, 0.055503103f,
+  constexpr float fine[] = {0.69314724f,  0.24022652f,   0.055503103f,
                             0.009617693f, 0.0013406643f, 0.00015594678f};
   constexpr float coarse[] = {0.6931136f, 0.2402071f, 0.055976883f, 0.009782912f};
   x = max(x, VecF::splat(-151.0f));  // 2^-151 rounds to 0

@@ -10,8 +10,8 @@ static constexpr Checker c{"attention"};
 
 static void check_head_sizes(const AttentionInputs& op) {
   const int64_t H = op.q.size[1], D = op.q.size[3], G = op.k.size[1], S = op.k.size[2];
-  PYKERN_CHECK(value, op.k.size[3] == D, "attention: k has head size ", op.k.size[3],
-               " but q has ", D);
+  PYKERN_CHECK(value, op.k.size[3] == D, "attention: k has head size ", op.k.size[3], " but q has ",
+               D);
   PYKERN_CHECK(value, op.v.size[1] == G, "attention: v has ", op.v.size[1], " heads but k has ", G);
   PYKERN_CHECK(value, op.v.size[2] == S, "attention: v has ", op.v.size[2], " keys but k has ", S);
   PYKERN_CHECK(value, H == 0 || (G > 0 && H % G == 0), "attention: q has ", H,

@@ -13,8 +13,8 @@ static void check_pages(const DecodeForward& op, int64_t b, int64_t length) {
   const int64_t page = op.k_cache.size[2], pages = op.k_cache.size[0];
   const Tensor& table = op.block_table;
   for (int64_t i = 0; i * page < length; ++i) {
-    const int64_t at = static_cast<const int32_t*>(
-        table.data)[b * table.stride[0] + i * table.stride[1]];
+    const int64_t at =
+        static_cast<const int32_t*>(table.data)[b * table.stride[0] + i * table.stride[1]];
     PYKERN_CHECK(index, at >= 0 && at < pages, c.op, ": block_table[", b, ", ", i, "] is ", at,
                  ", expected 0..", pages - 1);
   }
