@@ -40,7 +40,7 @@ def attention_forward(
     mask: Array | None,
     bias: Array | None,
     out: Array,
-    lse: Array,
+    lse: Array | None,
     *,
     causal: bool,
     scale: float,

@@ -22,7 +22,8 @@ struct BorrowedInputs {
 };
 
 static void attention_forward(const BorrowedInputs& inputs, py::handle out, py::handle lse) {
-  const Borrowed out_(out, kOp, "out"), lse_(lse, kOp, "lse");
+  const Borrowed out_(out, kOp, "out");
+  const Optional lse_(lse, kOp, "lse");
   AttentionForward op;
   inputs.fill(op);
   op.out = out_, op.lse = lse_;

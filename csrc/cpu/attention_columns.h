@@ -50,7 +50,7 @@ static void place_strip(const Group<T>& x, int64_t r0, int64_t r1, Strip<T>& str
   strip.first_key = strip.whole_to = x.S, strip.end_key = strip.whole_from = 0;
   int64_t h = r0 / x.T_, t = r0 % x.T_;
   strip.lane0 = strip.Q - (strip.rows + strip.L - 1) / strip.L * strip.L;
-  for (int i = 0; i < strip.Q; ++i) {  // lanes without a row repeat the first or the last one
+  for (int i = strip.lane0; i < strip.Q; ++i) {  // lanes without a row repeat the last one
     strip.h[i] = h, strip.t[i] = t;
     strip.diagonal[i] = static_cast<C>(x.diagonal(t));
     strip.slope[i] = -x.slope(h);
@@ -59,7 +59,7 @@ static void place_strip(const Group<T>& x, int64_t r0, int64_t r1, Strip<T>& str
     strip.whole_from = first > strip.whole_from ? first : strip.whole_from;
     strip.end_key = end > strip.end_key ? end : strip.end_key;
     strip.whole_to = end < strip.whole_to ? end : strip.whole_to;
-    if (!strip.live(i) || !strip.live(i + 1)) continue;
+    if (!strip.live(i + 1)) continue;
     if (++t == x.T_) ++h, t = 0;
   }
 }
@@ -87,7 +87,8 @@ static bool look(const Group<T>& x, int64_t first, Strip<T>& strip) {
     return true;
   }
   uint64_t any = 0, all = ~uint64_t(0);
-  for (int j = 0; j < kStripVectors; ++j) {
+  for (int j = 0; j < strip.idle(); ++j) strip.end[j] = 0;
+  for (int j = strip.idle(); j < kStripVectors; ++j) {
     for (int i = j * L; i < (j + 1) * L; ++i) {
       const uint64_t word = strip.live(i) ? visible(x, strip.h[i], strip.t[i], first) : 0;
       put_word<T>(strip.seen, i, word);
@@ -421,7 +422,7 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
     pack_queries(x, strip, memory);
     first_key = strip.first_key < first_key ? strip.first_key : first_key;
     end_key = strip.end_key > end_key ? strip.end_key : end_key;
-    for (int r = 0; r < Q; ++r) {
+    for (int r = strip.lane0; r < Q; ++r) {
       memory.m[r] = x.sink(strip.h[r]);
       memory.l[r] = memory.m[r] == C(-INFINITY) ? C(0) : C(1);
     }

@@ -26,6 +26,7 @@ struct Results {
   }
   // m in base 2
   void write_lse(int64_t h, int64_t t, double m, double l) const {
+    if (!lse.given) return;
     const double value = l == 0 ? -INFINITY : m * kLn2 + natural_log(l);
     if (lse.dtype == DType::f64)
       row_at<double>(lse, batch, head + h, row + t)[0] = value;

@@ -35,7 +35,7 @@ struct AttentionInputs {
 };
 
 struct AttentionForward : AttentionInputs {
-  Tensor out, lse;
+  Tensor out, lse;  // lse may be absent
 };
 
 // With P = exp(score - lse), Z the dropout factors, dP = Z (dout v^T) and

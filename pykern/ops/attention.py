@@ -12,6 +12,7 @@ from pykern.ops._library import (
     define,
     differentiable,
     optional_tensors,
+    passes_dispatcher,
     require_tensors,
     unit_last,
 )
@@ -41,22 +42,35 @@ def kernel_options(options) -> dict[str, Any]:
     )
 
 
-def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, E], laid out like q: when q is a view of [B, T, H, D], so is out; and lse [B, H, T] float64."""
+def out_like(q: Tensor, v: Tensor) -> Tensor:
+    """out [B, H, T, E], laid out like q: when q is a view of [B, T, H, D], so is out."""
     B, H, T, _ = q.shape
     if q.stride(1) < q.stride(2):
-        out = q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
-    else:
-        out = q.new_empty(B, H, T, v.shape[3])
-    return out, q.new_empty(B, H, T, dtype=torch.float64)
+        return q.new_empty(B, T, H, v.shape[3]).transpose(1, 2)
+    return q.new_empty(B, H, T, v.shape[3])
 
 
-def _forward(q, k, v, *options):
-    out, lse = _results(q, v)
+def results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, E] and lse [B, H, T] float64."""
+    return out_like(q, v), q.new_empty(q.shape[:3], dtype=torch.float64)
+
+
+def _run(q, k, v, out, lse, *options):
     q, k, v = unit_last(q), unit_last(k), unit_last(v)
     mask, bias = expanded(options[MASK], q, k), expanded(options[BIAS], q, k)
     _C.attention_forward(q, k, v, mask, bias, out, lse, **kernel_options(options))
+
+
+def _forward(q, k, v, *options):
+    out, lse = results(q, v)
+    _run(q, k, v, out, lse, *options)
     return out, lse
+
+
+def _without_lse(q, k, v, *options):
+    out = out_like(q, v)
+    _run(q, k, v, out, None, *options)
+    return out, None
 
 
 def _gradients(q, k, v, bias, sinks, want_bias, want_sinks):
@@ -85,7 +99,7 @@ def _backward(q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options):
 _attention = define(
     f"attention(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)",
     _forward,
-    lambda q, k, v, *options: _results(q, v),
+    lambda q, k, v, *options: results(q, v),
 )
 _attention_backward = define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
@@ -238,23 +252,31 @@ def attention(
         for name, x, layout in (("q", q, "[total, H, D]"), ("k", k, "[total, G, D]"), ("v", v, "[total, G, E]")):
             check_layout("attention", name, x, layout)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    for name, x, layout in (("q", q, "[B, H, T, D]"), ("k", k, "[B, G, S, D]"), ("v", v, "[B, G, S, E]")):
-        check_layout("attention", name, x, layout)
+    if not q.dim() == k.dim() == v.dim() == 4:
+        for name, x, layout in (("q", q, "[B, H, T, D]"), ("k", k, "[B, G, S, D]"), ("v", v, "[B, G, S, E]")):
+            check_layout("attention", name, x, layout)
     if sinks is not None:
         require_tensors("attention", sinks=sinks)
-    sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
-    slopes = slopes_of("attention", alibi_slopes, sequences, q.shape[1])
+    slopes = None
+    if alibi_slopes is not None:
+        sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+        slopes = slopes_of("attention", alibi_slopes, sequences, q.shape[1])
     mask, bias = rank4("attention", "mask", mask, q, k), rank4("attention", "bias", bias, q, k)
     q, k, v, bias, sinks = autocast("attention", q, k, v, bias, sinks)
-    out, lse = _attention(
-        *(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k, _seed(seed, dropout_p, q.device)),
+    seed = None if dropout_p == 0.0 else _seed(seed, dropout_p, q.device)
+    run = _attention
+    if passes_dispatcher(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k):
+        run = _forward if return_lse else _without_lse
+    out, lse = run(
+        *(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed),
         *window_limits("attention", window, causal),
         q.shape[3] ** -0.5 if scale is None else float(scale),
         0.0 if softcap is None else float(softcap),
         float(dropout_p),
     )
-    if q.dtype != torch.float64 and return_lse:
-        lse = lse.float()
     if ragged:
-        out, lse = out[0].transpose(0, 1), lse[0]
-    return (out, lse) if return_lse else out
+        out = out[0].transpose(0, 1)
+    if not return_lse:
+        return out
+    lse = lse[0] if ragged else lse
+    return out, lse if q.dtype == torch.float64 else lse.float()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pykern.ops._library import _C, optional_tensors, require_tensors, unit_last
-from pykern.ops.attention import _results, slopes_of, window_limits
+from pykern.ops.attention import results, slopes_of, window_limits
 
 
 def attention_with_kvcache(
@@ -56,7 +56,7 @@ def attention_with_kvcache(
         if x.dim() != 4:
             raise ValueError(f"attention_with_kvcache: {name} must be {layout}, got shape {list(x.shape)}")
     left, right = window_limits("attention_with_kvcache", window, causal)
-    out, lse = _results(q, v_cache)
+    out, lse = results(q, v_cache)
     _C.attention_with_kvcache(
         unit_last(q),
         k_cache,
