@@ -228,9 +228,13 @@ def test_refusals_of_the_kernel_write_nothing():
             assert (array == 7.0).all(), f"written although refused: {words}"
     with pytest.raises(TypeError, match="attention: lse has dtype float32, expected float64"):
         forward(lse=sentinel(2, 4, 5, dtype=np.float32))
-    with pytest.raises(TypeError, match="attention: lse must be an array, got NoneType"):
-        forward(lse=None)
+    with pytest.raises(TypeError, match="attention: out must be an array, got NoneType"):
+        forward(out=None)
     assert (out == 7.0).all()
+    forward(lse=None)
+    assert not (out == 7.0).any() and (lse == 7.0).all()
+    without = out.copy()
     forward()
+    assert (out == without).all()
     backward()
     assert not any((x == 7.0).any() for x in (out, lse, dq, dk, dv, dbias))

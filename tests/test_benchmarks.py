@@ -171,6 +171,8 @@ def test_all_contestants_of_a_case_compute_the_same():
         ours = results.pop(report.OURS)
         assert results and (case.name, case.dtype) not in names
         names.add((case.name, case.dtype))
+        if "dropout" in case.name:  # each draws a mask of its own
+            continue
         for who, theirs in results.items():
             pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
             for a, b in pairs:

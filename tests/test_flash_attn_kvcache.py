@@ -1,6 +1,5 @@
 """flash_attn_with_kvcache against a plain loop over the sequences in float64: what is written, and what comes out."""
 
-import inspect
 import math
 
 import pytest
@@ -12,12 +11,6 @@ import pykern
 from pykern.testing import assert_bitwise, assert_close, reference
 
 flash = pykern.flash_attn_with_kvcache
-
-
-def kernel_takes(option):
-    """Skips where pykern.attention_with_kvcache has no such argument: the drop-in then has nothing to pass it to."""
-    missing = option not in inspect.signature(pykern.attention_with_kvcache).parameters
-    return pytest.mark.skipif(missing, reason=f"pykern.attention_with_kvcache has no argument {option} yet")
 
 
 def turned(x, cos, sin, positions, interleaved):
@@ -104,20 +97,15 @@ OPTIONS = {
     "slopes [H]": dict(alibi_slopes=SLOPES),
     "slopes [B, H]": dict(alibi_slopes=torch.stack([SLOPES, SLOPES.flip(0), 2 * SLOPES]), causal=True),
 }
-NEEDS = {"window_size": "window", "softcap": "softcap", "alibi_slopes": "alibi_slopes"}
-PARAMETERS = [
-    pytest.param(name, marks=[kernel_takes(NEEDS[o]) for o in options if o in NEEDS])
-    for name, options in OPTIONS.items()
-]
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("T, N", [(1, 1), (5, 5), (1, 3), (4, 1), (3, 0)])
 def test_append_and_attend(name, T, N):
     compare([7, 0, 30], f"{name}, T={T}, N={N}", T=T, N=N, **OPTIONS[name])
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("T, N", [(1, 1), (4, 4), (1, 3), (4, 2)])
 def test_rotation(name, interleaved, T, N):
@@ -150,7 +138,7 @@ def test_dtypes(dtype):
         assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("R", [0, 8])
 def test_rows_and_left_padding(name, R):
     """A cache of six rows, of which three belong to the batch, keys from cache_leftpad on; positions count from 0."""
@@ -211,7 +199,6 @@ def test_the_cache_is_written_in_place():
     assert outer._version > version and lengths.tolist() == [7, 0, 30]
 
 
-@kernel_takes("block_table")
 @pytest.mark.parametrize("R", [0, 8])
 def test_pages(R):
     """Pages [P, page, G, D] of 5 slots, in any order, against the same keys in one piece."""

@@ -75,7 +75,9 @@ def passes_dispatcher(*tensors: Tensor | None) -> bool:
         return False
     grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None and (type(tensor) is not Tensor or (grad and tensor.requires_grad)):
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor or (grad and tensor.requires_grad) or tensor.is_neg():
             return False
     return not (
         torch._C._len_torch_dispatch_stack()

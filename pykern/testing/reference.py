@@ -157,9 +157,12 @@ def attention_with_kvcache(
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
     causal: bool = True,
-    scale: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, k_cache, v_cache): appends k, v [B,G,T,.] at cache_seqlens [B] to copies of the caches, then attends.
+
+    options: scale, window, softcap, sinks of attention.
 
     With rotary_cos and rotary_sin, k is first rotated at positions cache_seqlens + t, q at the last T positions.
     """
@@ -178,7 +181,9 @@ def attention_with_kvcache(
                 key = rope.__wrapped__(key, rotary_cos, rotary_sin, **at)
             k_cache[b, :, start:stop], v_cache[b, :, start:stop] = key[0], v[b]
         keys, values = k_cache[b : b + 1, :, :stop], v_cache[b : b + 1, :, :stop]
-        out, lse = attention.__wrapped__(query, keys, values, causal=causal, scale=scale, return_lse=True)
+        if alibi_slopes is not None:
+            options["alibi_slopes"] = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[b : b + 1]
+        out, lse = attention.__wrapped__(query, keys, values, causal=causal, return_lse=True, **options)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses), k_cache, v_cache
