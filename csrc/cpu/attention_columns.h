@@ -36,10 +36,11 @@ struct Strip {
   int idle() const { return lane0 / L; }  // vectors
   bool live(int i) const { return i >= lane0 && i < lane0 + rows; }
 
-  static Mask<C> lanes(const Bit (&words)[parts][Q], int key, int vector) {
-    Bits bits;
-    memcpy(&bits, words[key / (8 * sizeof(C))] + vector * L, sizeof bits);
-    return lanes_with<C>(bits, Bits{} + (Bit(1) << key % (8 * sizeof(C))));
+  // yes where the lane's word has the key's bit, else no
+  static V select(const Bit (&words)[parts][Q], int key, int vector, V yes, V no) {
+    Bits lanes;
+    memcpy(&lanes, words[key / (8 * sizeof(C))] + vector * L, sizeof lanes);
+    return select_where<C>(lanes, Bits{} + (Bit(1) << key % (8 * sizeof(C))), yes, no);
   }
 };
 
@@ -127,53 +128,54 @@ static void bias_columns(const Group<T>& x, int64_t first, int keys, Strip<T>& s
   }
 }
 
+// How a score is made from its product.
+enum Score { scaled, masked, general };
+
 // Scores of keys [key, key + kKeyRows) for the vectors from j0 on; top gets their maximum.
-template <class T, int NV>
-[[gnu::always_inline]] static inline void score_keys(const Group<T>& x, int64_t first, int key,
-                                                     const Strip<T>& strip, const Compute<T>* k,
-                                                     int64_t k_row, const ColumnMemory<T>& memory) {
+template <class T, Score score, int NV>
+static void score_keys(const Group<T>& x, int64_t first, int key, const Strip<T>& strip,
+                       const Compute<T>* k, int64_t k_row, const ColumnMemory<T>& memory) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q, j0 = kStripVectors - NV;
   V acc[kKeyRows][NV] = {};
   multiply_tile<T, kKeyRows, NV>(units<T>(x.D), k, k_row, 1, memory.strip_q + j0 * L - strip.lane0,
                                  Q - strip.lane0, acc);
-  V top[NV];
+  C *s = memory.s + key * Q + j0 * L, *top = memory.top + j0 * L;
+  const V scale = V::splat(x.scale), hidden = V::splat(-INFINITY);
+  if constexpr (score != general) {
 #pragma GCC unroll 4
-  for (int j = 0; j < NV; ++j) top[j] = load(memory.top + (j0 + j) * L);
-  const bool plain = !strip.partial && x.cap == 0 && !x.slopes && !x.bias;
-  const V scale = V::splat(x.scale);
-  if (plain) {
+    for (int j = 0; j < NV; ++j) {
+      V most = load(top + j * L);
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeyRows; ++i)
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; ++j) {
-        const V y = acc[i][j] * scale;
-        top[j] = max(top[j], y);
-        store(memory.s + (key + i) * Q + (j0 + j) * L, y);
+      for (int i = 0; i < kKeyRows; ++i) {
+        V y = acc[i][j] * scale;
+        if constexpr (score == masked) y = strip.select(strip.seen, key + i, j0 + j, y, hidden);
+        most = max(most, y);
+        store(s + i * Q + j * L, y);
       }
-  } else {
-    V dots[kKeyRows][NV];
-    for (int i = 0; i < kKeyRows; ++i)
-      for (int j = 0; j < NV; ++j) dots[i][j] = acc[i][j];
-    for (int i = 0; i < kKeyRows; ++i)
-      for (int j = 0; j < NV; ++j) {
-        V y = capped(x, dots[i][j]);
-        const int at = (j0 + j) * L;
-        if (x.slopes) {
-          const V distance =
-              abs(V::splat(static_cast<C>(first + key + i)) - load(strip.diagonal + at));
-          y = fma(load(strip.slope + at), distance, y);
-        }
-        if (x.bias) y = add_bias(load(memory.bias + (key + i) * Q + at), y);
-        if (strip.partial)
-          y = select(Strip<T>::lanes(strip.seen, key + i, j0 + j), y, V::splat(-INFINITY));
-        top[j] = max(top[j], y);
-        store(memory.s + (key + i) * Q + at, y);
-      }
+      store(top + j * L, most);
+    }
+    return;
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kKeyRows; ++i)
 #pragma GCC unroll 4
-  for (int j = 0; j < NV; ++j) store(memory.top + (j0 + j) * L, top[j]);
+    for (int j = 0; j < NV; ++j) store(s + i * Q + j * L, acc[i][j]);
+  for (int i = 0; i < kKeyRows; ++i)
+    for (int j = 0; j < NV; ++j) {
+      V y = capped(x, load(s + i * Q + j * L));
+      const int at = (j0 + j) * L;
+      if (x.slopes) {
+        const V distance =
+            abs(V::splat(static_cast<C>(first + key + i)) - load(strip.diagonal + at));
+        y = fma(load(strip.slope + at), distance, y);
+      }
+      if (x.bias) y = add_bias(load(memory.bias + (key + i) * Q + at), y);
+      if (strip.partial) y = strip.select(strip.seen, key + i, j0 + j, y, hidden);
+      store(top + j * L, max(load(top + j * L), y));
+      store(s + i * Q + j * L, y);
+    }
 }
 
 // The values of a tile as rows of units along the keys.
@@ -217,22 +219,32 @@ static void pack_queries(const Group<T>& x, const Strip<T>& strip, const ColumnM
   pack<T>(memory.strip_q, Strip<T>::Q - first, rows, strip.rows, strip.rows, x.D);
 }
 
+template <class T, Score score>
+static void score_all(const Group<T>& x, int64_t first, const Strip<T>& strip, const Compute<T>* k,
+                      int64_t k_row, const ColumnMemory<T>& memory) {
+  for (int key = strip.begin; key < strip.last(); key += kKeyRows) {
+    const Compute<T>* rows = k + key * k_row;
+    if (key < strip.end[0])
+      score_keys<T, score, 3>(x, first, key, strip, rows, k_row, memory);
+    else if (key < strip.end[1])
+      score_keys<T, score, 2>(x, first, key, strip, rows, k_row, memory);
+    else
+      score_keys<T, score, 1>(x, first, key, strip, rows, k_row, memory);
+  }
+}
+
 // The scores of a tile, in base 2, and the maximum of each row: m and those of the tile.
 template <class T>
 static void score_tile(const Group<T>& x, int64_t first, const Strip<T>& strip, const Compute<T>* k,
                        int64_t k_row, const ColumnMemory<T>& memory) {
   using V = Vec<Compute<T>>;
-  constexpr int L = V::lanes, Q = Strip<T>::Q;
-  for (int i = 0; i < Q; i += L) store(memory.top + i, load(memory.m + i));
-  for (int key = strip.begin; key < strip.last(); key += kKeyRows) {
-    const Compute<T>* rows = k + key * k_row;
-    if (key < strip.end[0])
-      score_keys<T, 3>(x, first, key, strip, rows, k_row, memory);
-    else if (key < strip.end[1])
-      score_keys<T, 2>(x, first, key, strip, rows, k_row, memory);
-    else
-      score_keys<T, 1>(x, first, key, strip, rows, k_row, memory);
-  }
+  for (int i = 0; i < Strip<T>::Q; i += V::lanes) store(memory.top + i, load(memory.m + i));
+  if (x.cap != 0 || x.slopes || x.bias)
+    score_all<T, general>(x, first, strip, k, k_row, memory);
+  else if (strip.partial)
+    score_all<T, masked>(x, first, strip, k, k_row, memory);
+  else
+    score_all<T, scaled>(x, first, strip, k, k_row, memory);
 }
 
 // Weights of vector j from its scores: s becomes p, the factor that rescales what came before goes
@@ -265,8 +277,7 @@ static void weigh(const Strip<T>& strip, const Dropout& dropout, int j,
       for (int u = 0; u < step; ++u) {
         p[u] = weight(key + u);
         sum[u] = sum[u] + p[u];
-        if constexpr (drop)
-          p[u] = select(Strip<T>::lanes(strip.keep, key + u, j), p[u] * factor, V::zero());
+        if constexpr (drop) p[u] = strip.select(strip.keep, key + u, j, p[u] * factor, V::zero());
       }
 #if defined(__AVX512BF16__)
       if constexpr (kPaired<T>)

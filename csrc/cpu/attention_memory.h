@@ -69,7 +69,7 @@ struct RowArrays {
   void layout(int64_t D, int64_t E, const Take& take) {
     E_padded = round_up(E, W);
     q = take(units<T>(D) * R + Vec<C>::lanes);
-    keys = take(units<T>(D) * kKeys);
+    keys = take(units<T>(D) * kKeys + Vec<C>::lanes);
     values = take(units<T>(kKeys) * E_padded + Vec<C>::lanes);
     page_k = take(kKeys * D);
     page_v = take(kKeys * E);

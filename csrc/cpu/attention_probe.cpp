@@ -31,8 +31,8 @@ static Status weights(const AttentionWeights& op, int threads) {
         C s[kKeys];
         for (int c = 0; c < kKeys / W; ++c) {
           V acc[1][kTileVectors] = {};
-          multiply_tile<T, 1, kTileVectors>(units<T>(D), q.data, q.row, 1,
-                                            columns + c * units<T>(D) * W, W, acc);
+          multiply_tile<T, 1, kTileVectors>(units<T>(D), q.data, q.row, 1, columns + c * W, kKeys,
+                                            acc);
           for (int j = 0; j < kTileVectors; ++j) store(s + c * W + j * V::lanes, acc[0][j]);
         }
         uint64_t word = visible(x, h, t, first);

@@ -57,7 +57,7 @@ static void add_tile(const Group<T>& x, int64_t r0, int64_t first, int64_t keys,
   const int64_t width = units<T>(x.D), count = units<T>(keys), E_padded = memory.E_padded;
   for (int c = 0; c < kKeys / W; ++c) {
     V acc[n][kTileVectors] = {};
-    multiply_tile<T, n, kTileVectors>(width, memory.q, 1, R, memory.keys + c * width * W, W, acc);
+    multiply_tile<T, n, kTileVectors>(width, memory.q, 1, R, memory.keys + c * W, kKeys, acc);
     for (int i = 0; i < n; ++i)
       for (int j = 0; j < kTileVectors; ++j)
         store(memory.s + i * kKeys + c * W + j * V::lanes, acc[i][j]);

@@ -265,18 +265,10 @@ static TileRows<T> tile_values(const Group<T>& x, int64_t first, int64_t count,
   return tile_rows(x, x.v, x.v_row, x.v_page, first, count, x.E, memory);
 }
 
-// Keys as columns: panels of [units(width)][W] over the 64 keys of a tile.
+// Keys as columns: [units(width)][64] of a tile, 0 behind the last key.
 template <class T>
 static void pack_keys(Compute<T>* out, const T* rows, int64_t row, int64_t count, int64_t width) {
-  constexpr int W = kTileColumns<T>;
-  for (int p = 0; p < kKeys / W; ++p) {
-    const int64_t left = count - p * W;
-    pack<T>(out + p * units<T>(width) * W, W, {rows + p * W * row, row, 1},
-            left < 0   ? 0
-            : left < W ? static_cast<int>(left)
-                       : W,
-            left, width);
-  }
+  pack<T>(out, kKeys, {rows, row, 1}, static_cast<int>(count), count, width);
 }
 
 // The right operand of a sum over rows: number (unit u, column i) at data[u unit + i / W panel +

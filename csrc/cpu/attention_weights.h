@@ -38,8 +38,8 @@ struct BackwardArrays {
   void layout(int64_t D, int64_t E, const Take& take) {
     constexpr int L = Vec<C>::lanes;
     D_padded = round_up(D, W), E_padded = round_up(E, W);
-    k_columns = take(units<T>(D) * kKeys);
-    v_columns = take(units<T>(E) * kKeys);
+    k_columns = take(units<T>(D) * kKeys + L);
+    v_columns = take(units<T>(E) * kKeys + L);
     k_rows = take(units<T>(kKeys) * D_padded + L);
     dk = take(kKeys * D_padded);
     dv = take(kKeys * E_padded);
@@ -87,18 +87,29 @@ static void look(const Group<T>& x, int64_t h, int64_t t0, int rows, int64_t fir
   sight.partial = sight.all != low_bits(keys);
 }
 
-// s [n, 64] = n left rows times the columns of a tile, for the panels that `any` touches
-template <class T, int n>
+// Six rows, as many vectors of keys as leave the registers of kTileRows x kTileVectors: a strip of
+// rows along the diagonal then computes few scores that it does not see.
+constexpr int kScoreRows = 6;
+constexpr int kScoreVectors = kTileRows * kTileVectors / kScoreRows;
+
+// s [n, 64] = n left rows times the columns of a tile, at least those that `any` marks
+template <class T, int n, int NV = kScoreVectors>
 static void tile_products(int64_t count, const Compute<T>* left, int64_t row,
                           const Compute<T>* columns, uint64_t any, Compute<T>* s) {
   using V = Vec<Compute<T>>;
-  constexpr int W = kTileColumns<T>;
-  for (int c = 0; c < kKeys / W; ++c) {
-    if (!(any >> c * W & low_bits(W))) continue;
-    V acc[n][kTileVectors] = {};
-    multiply_tile<T, n, kTileVectors>(count, left, row, 1, columns + c * count * W, W, acc);
+  constexpr int L = V::lanes;
+  if constexpr (NV > 1) {  // one pass over the keys needs fewer vectors
+    if (kScoreVectors * L >= kKeys && !(any >> (NV - 1) * L))
+      return tile_products<T, n, NV - 1>(count, left, row, columns, any, s);
+  }
+  for (int c = 0; c < kKeys; c += kScoreVectors * L) {
+    if (!(any >> c & low_bits(kScoreVectors * L))) continue;
+    V acc[n][NV] = {};
+    multiply_tile<T, n, NV>(count, left, row, 1, columns + c, kKeys, acc);
+#pragma GCC unroll 8
     for (int i = 0; i < n; ++i)
-      for (int j = 0; j < kTileVectors; ++j) store(s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) store(s + i * kKeys + c + j * L, acc[i][j]);
   }
 }
 
@@ -191,7 +202,7 @@ static void store_weights(const BackwardGroup<T>& x, int64_t h, int64_t t0,
 template <class T>
 static void chunk_products(const BackwardGroup<T>& x, int64_t h, int64_t t0, int64_t rows,
                            const Sight& sight, BackwardMemory<T>& memory) {
-  constexpr int R = kTileRows;
+  constexpr int R = kScoreRows;
   const Operand<T> q = unit_rows<T>(x.q.at(h, t0), x.q.row, rows, 1, x.D, memory.q_units);
   const Operand<T> dout =
       unit_rows<T>(x.dout.at(h, t0), x.dout.row, rows, 1, x.E, memory.dout_units);
@@ -200,7 +211,7 @@ static void chunk_products(const BackwardGroup<T>& x, int64_t h, int64_t t0, int
     uint64_t any = 0;
     for (int64_t r = i; r < i + n; ++r) any |= sight.words[r];
     if (any == 0) continue;
-    with_rows(n, [&](auto strip_rows) {
+    with_rows<R>(n, [&](auto strip_rows) {
       constexpr int n = strip_rows.value;
       tile_products<T, n>(units<T>(x.D), q.data + i * q.row, q.row, memory.k_columns, any,
                           memory.p + i * kKeys);

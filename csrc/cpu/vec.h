@@ -350,20 +350,20 @@ static inline Mask<C> lanes_of(uint64_t word, int first) {
 #endif
 }
 
-// lane i of the result is on when lane i of words has a bit in common with bit
+// yes in the lanes whose words have a bit in common with bit, no in the others
 template <class C>
-static inline Mask<C> lanes_with(typename Registers<C>::Bits words,
-                                 typename Registers<C>::Bits bit) {
+static inline Vec<C> select_where(typename Registers<C>::Bits words,
+                                  typename Registers<C>::Bits bit, Vec<C> yes, Vec<C> no) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(C) == 4)
-    return {(typename Registers<C>::Int)_mm512_movm_epi32(
-        _mm512_test_epi32_mask((__m512i)words, (__m512i)bit))};
+    return {(typename Vec<C>::Reg)_mm512_mask_blend_ps(
+        _mm512_test_epi32_mask((__m512i)words, (__m512i)bit), (__m512)no.r, (__m512)yes.r)};
   else
-    return {(typename Registers<C>::Int)_mm512_movm_epi64(
-        _mm512_test_epi64_mask((__m512i)words, (__m512i)bit))};
+    return {(typename Vec<C>::Reg)_mm512_mask_blend_pd(
+        _mm512_test_epi64_mask((__m512i)words, (__m512i)bit), (__m512d)no.r, (__m512d)yes.r)};
 #else
   using Bits = typename Registers<C>::Bits;
-  return {(typename Registers<C>::Int)((words & bit) != Bits{})};
+  return select(Mask<C>{(typename Registers<C>::Int)((words & bit) != Bits{})}, yes, no);
 #endif
 }
 
