@@ -9,7 +9,7 @@ from test_attention_options import WINDOW_CASES, optional, slopes
 from tools import DTYPES, VIEWS, draw
 
 import pykern
-from pykern.testing import assert_bitwise, assert_close
+from pykern.testing import assert_bitwise
 
 POISONS = (math.nan, math.inf, -math.inf)
 PAIR = [torch.float32, torch.bfloat16]
@@ -132,10 +132,7 @@ def test_any_chunks_of_queries(name, dtype):
 @pytest.mark.parametrize("dtype", PAIR)
 @pytest.mark.parametrize("name", WINDOW_CASES)
 def test_a_window_is_its_mask(name, dtype):
-    """Skipped blocks give the bits of masked ones, with and without sinks.
-
-    dk and dv add up the same terms, but the window's sums begin at the first row that sees their tile.
-    """
+    """Skipped blocks give the bits of masked ones, with and without sinks."""
     shape, _ = WINDOW_CASES[name]
     T, S, left, right = shape["T"], shape["S"], shape.get("left"), shape.get("right")
     behind = torch.arange(S) - torch.arange(S - T, S)[:, None]
@@ -145,10 +142,7 @@ def test_a_window_is_its_mask(name, dtype):
         tensors = optional(tensors, None, sinks)
         window = attend(tensors, dout, window=(left, right))
         masked = attend(tensors, dout, mask=mask)
-        check_same(window, masked, name, only=("out", "lse", "dq", "dsinks"))
-        for tensor in ("dk", "dv"):
-            scale = max(masked[x].abs().max().item() for x in ("dq", "dk", "dv"))
-            assert_close(window[tensor], masked[tensor], name=f"{name}: {tensor}", gradient=True, scale=scale)
+        check_same(window, masked, name)
         unseen = ~mask.any(0)
         assert (window["dk"][:, :, unseen] == 0).all() and (window["dv"][:, :, unseen] == 0).all()
 
