@@ -155,6 +155,22 @@ def test_causal_is_a_window():
     )
 
 
+@pytest.mark.parametrize("huge", [2**31, 2**62, 2**63 - 1, 2**70])
+@pytest.mark.parametrize("T, S", [(40, 90), (90, 40), (3, 90)])
+def test_a_window_beyond_every_key_is_none(T, S, huge):
+    """sys.maxsize is a common word for "no limit": added to a position it must not wrap around."""
+    tensors, dout = inputs(T, S, D=9, H=2, G=1, dtype=torch.float32)
+    tensors = optional(tensors, (1, T, S), False)
+    all_keys = attend(tensors, dout)
+    for window in ((huge, huge), (None, huge), (huge, None)):
+        check_same(attend(tensors, dout, window=window), all_keys, f"window {window}")
+    check_same(attend(tensors, dout, window=(huge, 0)), attend(tensors, dout, causal=True), "causal")
+    cached = dict(cache_seqlens=torch.tensor([S], dtype=torch.int32))
+    q, k, v = (tensors[name] for name in "qkv")
+    ours = pykern.attention_with_kvcache(q, k, v, causal=False, window=(huge, huge), **cached)
+    assert_bitwise(ours, all_keys["out"], name="cached")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("options", [dict(), dict(softcap=1.5, alibi_slopes=slopes(4))], ids=["", "softcap and slopes"])
 @pytest.mark.parametrize("sinks", [False, True])

@@ -89,6 +89,14 @@ static inline Place place_of(const AttentionInputs& op, int64_t b) {
           offset_of(op.cu_seqlens_k, b + 1) - k0};
 }
 
+// Limits beyond every key are cut to what cannot overflow beside a position.
+template <class T>
+static void set_window(Group<T>& x, int64_t left, int64_t right) {
+  const int64_t most = x.S + x.T_;
+  x.left = left > most ? most : left;
+  x.right = right > most ? most : right;
+}
+
 template <class T>
 static void set_scores(Group<T>& x, double scale, double softcap) {
   x.cap = static_cast<Compute<T>>(softcap * kLog2E);
@@ -115,7 +123,7 @@ static Group<T> group_of(const AttentionInputs& op, int64_t b, int64_t g) {
                h * x.slope_head;
   x.sink_head = op.sinks.stride[0];
   if (op.sinks.given) x.sinks = static_cast<const T*>(op.sinks.data) + h * x.sink_head;
-  x.left = op.left, x.right = op.right;
+  set_window(x, op.left, op.right);
   set_scores(x, op.scale, op.softcap);
   x.dropout = dropout_of(op.seed, op.dropout_p);
   x.sequence = b, x.head0 = h;
@@ -158,7 +166,7 @@ static inline uint64_t kept(const Group<T>& x, int64_t h, int64_t t, int64_t fir
   return keep_word(x.dropout, x.sequence, x.head0 + h, t, first / kKeys);
 }
 
-// Base-2 scores of some pairs, from their dot products. distance is |diagonal - key|.
+// Base-2 scores of some pairs, before slopes and bias, from their dot products.
 template <class T>
 [[gnu::always_inline]] static inline Vec<Compute<T>> capped(const Group<T>& x,
                                                             Vec<Compute<T>> dot) {
@@ -277,7 +285,6 @@ template <class T>
 struct Right {
   const Compute<T>* data;
   int64_t unit, panel;
-  Right from(int64_t u) const { return {data + u * unit, unit, panel}; }
 };
 
 // Rows whose numbers serve as such an operand where they are.
@@ -360,7 +367,7 @@ static inline Compute<T> hide_unit(Compute<T> number, int64_t u, const See& see)
   }
 }
 
-// A copy of a panel, its units W apart, in which the numbers that see(k) refuses are 0: for a row
+// A copy of a panel, with units W apart, in which the numbers that see(k) refuses are 0: for a row
 // that does not see them while a tile mate does. Only for panels with numbers that are not finite.
 template <class T, class See>
 [[gnu::noinline]] static void hide_rows(Compute<T>* out, const Compute<T>* panel, int64_t unit,

@@ -7,7 +7,7 @@
 PYKERN_BEGIN_ISA
 namespace {
 
-constexpr int kChunkRows = 96;  // packing a chunk's rows costs as much as 3 keys of its products
+constexpr int kChunkRows = 96;  // P and dS of a chunk are 24 KiB each: second-level cache
 
 // What a row's weights need: P = factor 2^(score - shift), where shift is lse rounded to C, in base
 // 2, and factor makes up for the rounding. A row that sees no key has shift infinity: P = 0.

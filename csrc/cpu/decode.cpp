@@ -83,7 +83,7 @@ static Group<T> group_of_cache(const DecodeForward& op, int64_t b, int64_t g, in
   x.slope_head = op.alibi_slopes.stride[1];
   if (op.sinks.given) x.sinks = static_cast<const T*>(op.sinks.data) + h * op.sinks.stride[0];
   x.sink_head = op.sinks.stride[0];
-  x.left = op.left, x.right = op.right;
+  set_window(x, op.left, op.right);
   set_scores(x, op.scale, op.softcap);
   return x;
 }

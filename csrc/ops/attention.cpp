@@ -29,11 +29,12 @@ static void check_options(const AttentionInputs& op) {
                op.right, "), expected numbers of keys, or None for no limit");
 }
 
-static void check_dropout(const Tensor& seed, double p) {
+static void check_dropout(const Tensor& seed, double p, Arg where) {
   PYKERN_CHECK(value, p >= 0 && p <= 1, "attention: dropout_p is ", p, ", expected 0..1");
   PYKERN_CHECK(value, p == 0 || seed.given, "attention: dropout_p is ", p, " without a seed");
   if (!seed.given) return;
   c.dtype({"seed", seed}, DType::i64);
+  c.same_device({"seed", seed}, where);
   PYKERN_CHECK(value, count(seed) == 1, "attention: seed has shape ", shape(seed),
                ", expected one element");
 }
@@ -108,7 +109,7 @@ static void check_inputs(const AttentionInputs& op) {
     c.size(sinks, 0, expected[1], "heads of q");
   }
   check_options(op);
-  check_dropout(op.seed, op.dropout_p);
+  check_dropout(op.seed, op.dropout_p, q);
 }
 
 // [B, H, T, E] like out and [B, H, T] like lse, float32 or float64
@@ -137,7 +138,10 @@ void check(const AttentionForward& op) {
                           {"mask", op.mask},
                           {"bias", op.bias},
                           {"alibi_slopes", op.alibi_slopes},
-                          {"sinks", op.sinks}});
+                          {"sinks", op.sinks},
+                          {"cu_seqlens_q", op.cu_seqlens_q},
+                          {"cu_seqlens_k", op.cu_seqlens_k},
+                          {"seed", op.seed}});
 }
 
 static void check_bias_gradient(const AttentionBackward& op) {
@@ -176,8 +180,20 @@ void check(const AttentionBackward& op) {
     c.same_shape(dsinks, sinks);
     c.output(dsinks);
   }
-  c.disjoint({dq, dk, dv, dbias, dsinks},
-             {q, k, v, mask, bias, slopes, sinks, out, lse, dout, dlse});
+  c.disjoint({dq, dk, dv, dbias, dsinks}, {q,
+                                           k,
+                                           v,
+                                           mask,
+                                           bias,
+                                           slopes,
+                                           sinks,
+                                           out,
+                                           lse,
+                                           dout,
+                                           dlse,
+                                           {"cu_seqlens_q", op.cu_seqlens_q},
+                                           {"cu_seqlens_k", op.cu_seqlens_k},
+                                           {"seed", op.seed}});
 }
 
 void check(const AttentionWeights& op) {
@@ -195,7 +211,14 @@ void check(const AttentionWeights& op) {
   c.size(weights, 3, op.k.size[2], "keys");
   c.unit_last(weights);
   c.output(weights);
-  c.disjoint({weights}, {q, {"k", op.k}, {"v", op.v}, {"mask", op.mask}, {"bias", op.bias}, lse});
+  c.disjoint({weights}, {q,
+                         {"k", op.k},
+                         {"v", op.v},
+                         {"mask", op.mask},
+                         {"bias", op.bias},
+                         {"alibi_slopes", op.alibi_slopes},
+                         lse,
+                         rows});
   if (!op.rows.given) {
     c.size(weights, 2, op.q.size[2], "queries");
     return;
@@ -213,7 +236,7 @@ void check(const AttentionDropout& op) {
   c.rank(keep, 4, "[B, H, T, S]");
   c.contiguous(keep);
   c.output(keep);
-  check_dropout(op.seed, op.dropout_p);
+  check_dropout(op.seed, op.dropout_p, keep);
 }
 
 }  // namespace pykern

@@ -156,6 +156,9 @@ def rank4(op: str, name: str, x: Tensor | None, q: Tensor, k: Tensor) -> Tensor 
     return x4
 
 
+_NO_LIMIT = 2**63 - 1  # what the kernels' integers hold: more keys than there are
+
+
 def window_limits(op: str, window, causal: bool) -> tuple[int, int]:
     """(left, right) of the kernels, -1 for unlimited, from window=(left, right) with None for unlimited, and causal."""
     if window is None:
@@ -167,16 +170,14 @@ def window_limits(op: str, window, causal: bool) -> tuple[int, int]:
             raise TypeError(f"{op}: window is {window!r}, expected int or None for left and right")
         if limit is not None and limit < 0:
             raise ValueError(f"{op}: window is {window!r}, expected numbers of keys that are not negative")
-    left, right = (-1 if limit is None else limit for limit in window)
+    left, right = (-1 if limit is None else min(limit, _NO_LIMIT) for limit in window)
     return left, 0 if causal else right
 
 
-def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor | None:
-    """The seed as an int64 tensor; drawn from torch's generator when dropout needs one and none is given."""
+def _seed(seed: int | Tensor | None, dropout_p: float, device: torch.device) -> Tensor:
+    """The seed as an int64 tensor, drawn from torch's generator when none is given."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"attention: dropout_p is {dropout_p}, expected 0..1")
-    if dropout_p == 0.0:
-        return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
     if isinstance(seed, Tensor):
