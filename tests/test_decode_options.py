@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from test_attention import BLOCK_ROWS
 from test_decode import compare, inputs, int32, run
-from tools import DTYPES, draw
+from tools import DTYPES, ROOT, draw
 
 import pykern
-from pykern.testing import assert_bitwise
+from pykern import _C
+from pykern.testing import assert_bitwise, assert_close, reference
 
 kvcache = pykern.attention_with_kvcache
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -22,7 +24,14 @@ OPTIONS = {
     "sinks": dict(sinks=torch.tensor([0.5, -1.0, 4.0, -math.inf])),
     "all": dict(window=(80, 0), softcap=3.0, alibi_slopes=SLOPES, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]), scale=0.4),
 }
-QUERIES = (1, 3, 20, 70)  # 2 heads a key head: few rows, and many
+QUERIES = (1, 3, 20, 70)  # 2 heads a key head
+
+
+def few_rows(dtype):
+    """kFewRows: blocks of no more rows have keys in the lanes of their vectors, larger ones have queries there."""
+    assert "kFewRows = Vec<Compute<T>>::lanes / 2;" in (ROOT / "csrc/cpu/attention_memory.h").read_text()
+    vector_bytes = {"v4": 64, "v3": 32}.get(_C.isa()[:2], 16)
+    return vector_bytes // (8 if dtype == torch.float64 else 4) // 2
 
 
 def typed(options, dtype):
@@ -70,6 +79,41 @@ def test_rows_are_those_of_a_prefill(name, dtype):
             assert_bitwise(ours["lse"][b : b + 1], lse, name=f"{name} T={T} lse")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_few_rows_and_many_have_the_bits_of_the_whole(name, dtype):
+    """The last T rows of a call over all 150, which are many: T on both sides of kFewRows, then a block and one row."""
+    options, few = typed(OPTIONS[name], dtype) | dict(causal=True), few_rows(dtype)
+    q, k, v = (draw(2, 4, 150, n, dtype=dtype, seed=i) for i, n in enumerate((16, 16, 9)))
+    whole, lse = pykern.attention(q, k, v, return_lse=True, **options)
+    assert 1 <= few < 150 - BLOCK_ROWS  # no block of the whole has few rows
+    for T in (1, few, few + 1, 70, BLOCK_ROWS + 1):
+        old, new = slice(0, 150 - T), slice(150 - T, 150)
+        caches = [torch.full_like(x, math.nan) for x in (k, v)]
+        for cache, x in zip(caches, (k, v), strict=True):
+            cache[:, :, old] = x[:, :, old]
+        call = dict(k=k[:, :, new], v=v[:, :, new], cache_seqlens=int32(150 - T, 150 - T), return_lse=True)
+        out, own = kvcache(q[:, :, new], *caches, **call, **options)
+        assert_bitwise(out, whole[:, :, new], name=f"{name} T={T} out")
+        assert_bitwise(own, lse[:, :, new], name=f"{name} T={T} lse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_formula_of_pages(name, dtype):
+    for T, page in ((1, 3), (3, 64), (70, 16)):
+        arguments = paged(inputs([101, 30], T=T, D=24, E=40, H=4, G=2, dtype=dtype), page)
+        options = typed(OPTIONS[name], dtype)
+        ours = run(arguments, **options)
+        exact = zip(ours.items(), reference.attention_with_kvcache(**arguments, **options), strict=True)
+        for (tensor, x), wanted in exact:
+            if tensor in ("out", "lse"):
+                assert_close(x, wanted, name=f"{name} T={T} page {page} {tensor}")
+            else:  # the new keys in their slots, NaN where there was NaN
+                assert_bitwise(x.isnan(), wanted.isnan(), name=f"{name} T={T} page {page} {tensor} is NaN")
+                assert_bitwise(x.nan_to_num(), wanted.to(dtype).nan_to_num(), name=f"{name} T={T} page {page} {tensor}")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("page", [1, 3, 16, 64, 100])
 def test_pages_have_the_bits_of_a_row_of_slots(page, dtype):
@@ -102,20 +146,51 @@ def test_no_new_keys():
     assert_bitwise(kvcache(**paged(arguments, 5)), kvcache(**arguments), name="only attends")
 
 
+def test_a_page_of_several_sequences():
+    """A common beginning is stored once; the table is a view, too."""
+    arguments = inputs([40, 37], T=1, D=24, H=4, G=2)
+    for cache in ("k_cache", "v_cache"):
+        arguments[cache][1, :, :32] = arguments[cache][0, :, :32]
+    pages = paged(arguments, 16)
+    table = torch.full((2, 9), 2**30, dtype=torch.int32)
+    table[:, 1 : 1 + 2 * pages["block_table"].shape[1] : 2] = pages["block_table"]
+    table[1, 1:5:2] = table[0, 1:5:2]
+    for page in pages["block_table"][1, :2].tolist():
+        pages["k_cache"][page] = pages["v_cache"][page] = math.nan
+    pages["block_table"] = table[:, 1 : 1 + 2 * pages["block_table"].shape[1] : 2]
+    assert_bitwise(kvcache(**pages), kvcache(**arguments), name="shared pages")
+
+
 PAGED = paged(inputs([5, 9], T=1, D=8, H=4, G=2), 4)
+LAST = PAGED["block_table"].clone()
+LAST[1, 2] = 10  # as many as there are pages
 REFUSED = {
     "page out of range": (dict(block_table=torch.full((2, 4), 100).int()), IndexError, r"block_table\[0, 0\] is 100"),
+    "the last page of the last sequence": (
+        dict(block_table=LAST),
+        IndexError,
+        r"block_table\[1, 2\] is 10, expected 0..9",
+    ),
     "negative page": (dict(block_table=torch.full((2, 4), -1).int()), IndexError, r"block_table\[0, 0\] is -1"),
     "table of int64": (dict(block_table=torch.zeros(2, 4).long()), TypeError, "block_table has dtype int64"),
     "table of one row": (dict(block_table=torch.zeros(1, 4).int()), ValueError, r"block_table has shape \[1, 4\]"),
     "table of rank 1": (dict(block_table=torch.zeros(4).int()), ValueError, r"block_table must be \[B, pages"),
     "table as a list": (dict(block_table=[[0]]), TypeError, "block_table must be a torch.Tensor, got list"),
     "too few pages": (dict(block_table=PAGED["block_table"][:, :1]), ValueError, "the cache is full|expected 0..4"),
+    "pages of values": (dict(v_cache=PAGED["v_cache"][:-1]), ValueError, "v_cache has shape"),
+    "pages without slots": (
+        dict(k_cache=PAGED["k_cache"][:, :, :0], v_cache=PAGED["v_cache"][:, :, :0]),
+        ValueError,
+        "k_cache has pages of 0 keys",
+    ),
+    "slopes of three sequences": (dict(alibi_slopes=torch.ones(3, 4)), ValueError, r"alibi_slopes has shape \[3, 4\]"),
     "slopes": (dict(alibi_slopes=torch.ones(3)), ValueError, r"alibi_slopes has shape \[3\], expected \[4\]"),
     "slopes of float64": (dict(alibi_slopes=torch.ones(4).double()), TypeError, "alibi_slopes has dtype float64"),
+    "sinks of rank 2": (dict(sinks=torch.ones(1, 4).double()), ValueError, r"sinks must be \[H\]"),
     "sinks": (dict(sinks=torch.ones(3).double()), ValueError, r"sinks has shape \[3\]"),
     "sinks of float32": (dict(sinks=torch.ones(4)), TypeError, "sinks has dtype float32"),
     "window": (dict(window=(-3, 0)), ValueError, r"window is \(-3, 0\)"),
+    "window of one number": (dict(window=(3,)), ValueError, r"window is \(3,\)"),
     "window of floats": (dict(window=(3.0, 0)), TypeError, r"window is \(3.0, 0\)"),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap is -1"),
 }
@@ -124,12 +199,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_before_anything_is_written(name):
     changed, error, words = REFUSED[name]
-    arguments = PAGED | dict(k_cache=PAGED["k_cache"].clone(), v_cache=PAGED["v_cache"].clone())
+    arguments = PAGED | changed
+    arguments |= {cache: arguments[cache].clone() for cache in ("k_cache", "v_cache")}
     with pytest.raises((error, IndexError) if name == "too few pages" else error, match=words) as caught:
-        kvcache(**(arguments | changed))
+        kvcache(**arguments)
     assert str(caught.value).startswith("attention_with_kvcache: ")
     for cache in ("k_cache", "v_cache"):
-        assert_bitwise(arguments[cache], PAGED[cache], name=f"{name}: {cache}")
+        assert_bitwise(arguments[cache], (PAGED | changed)[cache], name=f"{name}: {cache}")
 
 
 def test_a_full_cache_of_pages():

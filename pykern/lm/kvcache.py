@@ -70,8 +70,10 @@ class KVCache:
         bias, broadcastable to [B, n_head, T, length + T], is added to the scores; alibi_slopes are those of attention.
         """
         self.require(k.shape[2])
-        if bias is None and alibi_slopes is None:
-            return ops.attention_with_kvcache(q, self.k[i], self.v[i], k, v, cache_seqlens=self.seqlens, causal=True)
+        if bias is None:
+            return ops.attention_with_kvcache(
+                q, self.k[i], self.v[i], k, v, cache_seqlens=self.seqlens, alibi_slopes=alibi_slopes, causal=True
+            )
         end = self.length + k.shape[2]
         self.k[i, :, :, self.length : end] = k
         self.v[i, :, :, self.length : end] = v

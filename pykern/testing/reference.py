@@ -153,6 +153,7 @@ def attention_with_kvcache(
     v: Tensor | None = None,
     *,
     cache_seqlens: Tensor,
+    block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
     rotary_interleaved: bool = False,
@@ -160,17 +161,22 @@ def attention_with_kvcache(
     alibi_slopes: Tensor | None = None,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, lse, k_cache, v_cache): appends k, v [B,G,T,.] at cache_seqlens [B] to copies of the caches, then attends.
+    """(out, lse, k_cache, v_cache): appends k, v [B,G,N,.] at cache_seqlens [B] to copies of the caches, then attends.
 
-    options: scale, window, softcap, sinks of attention.
-
-    With rotary_cos and rotary_sin, k is first rotated at positions cache_seqlens + t, q at the last T positions.
+    With rotary_cos and rotary_sin, k is first rotated at positions cache_seqlens + n, q at the last T positions.
+    With block_table [B,n], the caches are [pages,G,page,.] and position s is slot s % page of page block_table[b, s //
+    page]. options: scale, window, softcap, sinks of attention.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     outs, lses = [], []
     for b, start in enumerate(cache_seqlens.tolist()):
         query, stop = q[b : b + 1], start + (0 if k is None else k.shape[2])
         positions = torch.arange(stop, device=q.device)
+        if block_table is None:
+            row, slot = torch.full_like(positions, b), positions
+        else:
+            page = k_cache.shape[2]
+            row, slot = block_table[b, positions // page].long(), positions % page
         if rotary_cos is not None:
             at = dict(positions=positions[stop - q.shape[2] :], interleaved=rotary_interleaved)
             query = rope.__wrapped__(query, rotary_cos, rotary_sin, **at)
@@ -179,8 +185,9 @@ def attention_with_kvcache(
             if rotary_cos is not None:
                 at = dict(positions=positions[start:], interleaved=rotary_interleaved)
                 key = rope.__wrapped__(key, rotary_cos, rotary_sin, **at)
-            k_cache[b, :, start:stop], v_cache[b, :, start:stop] = key[0], v[b]
-        keys, values = k_cache[b : b + 1, :, :stop], v_cache[b : b + 1, :, :stop]
+            k_cache[row[start:], :, slot[start:]] = key[0].transpose(0, 1)
+            v_cache[row[start:], :, slot[start:]] = v[b].transpose(0, 1)
+        keys, values = (cache[row, :, slot].transpose(0, 1)[None] for cache in (k_cache, v_cache))
         if alibi_slopes is not None:
             options["alibi_slopes"] = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[b : b + 1]
         out, lse = attention.__wrapped__(query, keys, values, causal=causal, return_lse=True, **options)
