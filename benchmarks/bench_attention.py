@@ -54,22 +54,22 @@ def build(B, H, G, T, D, dtype, backward, ours, rivals, layout="BHTD", bias=None
     return {who: lambda f=f: f(*inputs) for who, f in contestants.items()}
 
 
-def plain_cases(shapes, dtypes) -> Iterator[Case]:
-    """Causal self-attention."""
+def plain_cases(shapes, dtypes, causal=True) -> Iterator[Case]:
+    """Self-attention, causal or, to see what the diagonal costs, over the full square."""
     for B, H, T, D in shapes:
         for dtype in dtypes:
             for backward in (False, True):
-                rivals = {"torch sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-                if dtype == torch.bfloat16 and T <= BY_HAND_UP_TO:
+                rivals = {"torch sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=causal)}
+                if causal and dtype == torch.bfloat16 and T <= BY_HAND_UP_TO:
                     rivals["torch by hand"] = by_hand
                 yield Case(
-                    f"B{B} H{H} T{T} D{D} causal{' +backward' if backward else ''}",
+                    f"B{B} H{H} T{T} D{D} {'causal' if causal else 'full square'}{' +backward' if backward else ''}",
                     dtype,
-                    flops(B, H, T, T, D, True, backward),
+                    flops(B, H, T, T, D, causal, backward),
                     moved(B, H, H, T, T, D, dtype.itemsize, backward),
                     lambda B=B, H=H, T=T, D=D, dtype=dtype, backward=backward, rivals=rivals: build(
                         *(B, H, H, T, D, dtype, backward),
-                        lambda q, k, v: pykern.attention(q, k, v, causal=True),
+                        lambda q, k, v: pykern.attention(q, k, v, causal=causal),
                         rivals,
                     ),
                 )
@@ -249,6 +249,7 @@ def one_by_one(q, k, v, lengths):
 def cases(quick: bool) -> Iterator[Case]:
     dtypes = (torch.float32, torch.bfloat16)
     yield from plain_cases(QUICK_SHAPES if quick else SHAPES, dtypes)
+    yield from plain_cases(QUICK_SHAPES if quick else [SHAPES[0], SHAPES[1]], dtypes, causal=False)
     yield from plain_cases([TINY], dtypes)
     yield from masked_cases(*((1, 4, 128, 64) if quick else (1, 12, 1024, 64)), dtypes)
     yield from option_cases(*((1, 4, 128, 64) if quick else (1, 12, 1024, 64)), dtypes)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from attention_tools import attend, compare, inputs, ragged_inputs
+from dlpack_producers import Forged
 from philox import kept, philox
 from test_attention_options import optional, slopes
 from tools import DTYPES, draw
@@ -302,3 +303,14 @@ def test_keep_is_numpy_too():
     keep = np.zeros((2, 1, 3, 70), bool)
     _C.attention_dropout(np.array([5]), keep, dropout_p=0.5)
     assert_bitwise(keep, kept(5, 2, 1, 3, 70, 0.5).numpy())
+
+
+def test_a_seed_on_another_device_is_not_read():
+    elsewhere = Forged(device=(2, 0), code=0, bits=64)  # int64 that claims to be on a GPU
+    q, out, lse = np.ones((1, 1, 2, 4)), np.full((1, 1, 2, 4), 7.0), np.full((1, 1, 2), 7.0)
+    with pytest.raises(ValueError, match="attention: seed and q are on different devices"):
+        _C.attention_forward(q, q, q, None, None, out, lse, causal=True, scale=1.0, dropout_p=0.5, seed=elsewhere)
+    keep = np.zeros((1, 1, 2, 2), bool)
+    with pytest.raises(ValueError, match="attention: seed and keep are on different devices"):
+        _C.attention_dropout(elsewhere, keep, dropout_p=0.5)
+    assert (out == 7.0).all() and (lse == 7.0).all() and not keep.any()
