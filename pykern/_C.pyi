@@ -255,35 +255,22 @@ def cross_entropy_backward(
     """dloss [...] stat: the gradient of each row's loss. dlogits may be logits itself.
     With lse in float64, logits far from 0 have a gradient as accurate as others."""
 
-def linear_cross_entropy_forward(
+def linear_cross_entropy(
     x: Array,
     weight: Array,
     bias: Array | None,
     target: Array,
-    loss: Array,
-    lse: Array,
-    *,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> None:
-    """x [M,K]  weight [V,K]  bias [V]; logits are never materialised as a whole."""
-
-def linear_cross_entropy_backward(
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    target: Array,
-    lse: Array,
-    dloss: Array,
-    dx: Array,
+    loss: Array | None,
+    dloss: Array | None,
+    dx: Array | None,
     dweight: Array | None,
     dbias: Array | None,
     *,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-) -> None: ...
+) -> None:
+    """x [M,K]  weight [V,K]  bias [V]  loss, dloss [M] stat; gradients that are given need dloss."""
 
 # ---- adamw: decoupled weight decay, bias-corrected; one pass over memory
 def adamw(

@@ -15,7 +15,7 @@ from pykern import _C
 from pykern.testing import assert_bitwise, assert_close, ratios, reference
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
-PAIRED_CHUNK, CHUNK = constant("cpu/gemm.h", "kChunk")  # units: pairs of bfloat16, or numbers
+PAIRED_CHUNK, CHUNK = constant("cpu/tile.h", "kChunk")  # units: pairs of bfloat16, or numbers
 LANES = {"base": 4, "v3": 8}.get(_C.isa(), 16)  # of float32 in a vector
 
 

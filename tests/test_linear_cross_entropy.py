@@ -77,7 +77,7 @@ CASES = {
     "a whole block": (5, CLASSES, 9),
     "one class more": (5, CLASSES + 1, 9),
     "three blocks": (37, 2 * CLASSES + 77, 20),
-    "long rows": (3, 33, 2 * constant("cpu/gemm.h", "kChunk")[0] + 1),
+    "long rows": (3, 33, 2 * constant("cpu/tile.h", "kChunk")[0] + 1),
     "many rows": (300, 40, 8),
 }
 

@@ -18,6 +18,7 @@ namespace pykern {
   X(embedding) \
   X(linear) \
   X(linear_cross_entropy) \
+  X(mlp) \
   X(memory) \
   X(norm) \
   X(roofline) \

@@ -1,59 +1,39 @@
-// linear_cross_entropy: the logits x weight^T + bias exist for kColumns classes at a time. Forward
-// carries the running maximum and sum of every row from one block of classes to the next; backward
-// computes each block again and turns it into its gradient, which two products consume at once.
+// linear_cross_entropy: the logits x weight^T + bias exist for some rows at a time. As soon as a
+// row has its loss it becomes its own gradient, in place, which two more products consume.
 #include "cpu/cross_entropy_rows.h"
 #include "cpu/gemm.h"
 
 PYKERN_BEGIN_ISA
 namespace {
 
-constexpr int64_t kColumns =
-    1024;  // classes of a block: a multiple of what a row's sums take at once
-static_assert(kColumns % kBlock == 0);
+constexpr int64_t kLogitBytes = 40 << 20;  // of all rows at a time
+constexpr int64_t kRowStep = 64;           // their number is a multiple of this
+constexpr int64_t kTaskNumbers = 32768;    // exponentials of a task
 
+// The arguments, and the part that does not change from one set of rows to the next.
 template <class T>
-struct Problem {
+struct Head {
   using C = Compute<T>;
-  int64_t M, K, V;
-  Matrix<T> x, weight;  // weight [V, K]
-  const T* bias;        // null: none
-  const int64_t* target;
-  int64_t target_step;
-  CrossEntropyOptions options;
+  const LinearCrossEntropy& op;
+  const int64_t M, K, V;
+  const int64_t rows_at_once;
 
-  template <class Op>
-  explicit Problem(const Op& op)
-      : M(op.x.size[0]),
-        K(op.x.size[1]),
-        V(op.weight.size[0]),
-        x{static_cast<const T*>(op.x.data), op.x.stride[0], 1},
-        weight{static_cast<const T*>(op.weight.data), op.weight.stride[0], 1},
-        bias(op.bias.given ? static_cast<const T*>(op.bias.data) : nullptr),
-        target(static_cast<const int64_t*>(op.target.data)),
-        target_step(op.target.stride[0]),
-        options(op.options) {}
+  explicit Head(const LinearCrossEntropy& op)
+      : op(op), M(op.x.size[0]), K(op.x.size[1]), V(op.weight.size[0]), rows_at_once(at_once()) {}
 
-  int64_t label(int64_t row) const { return target[row * target_step]; }
-  bool ignored(int64_t row) const { return label(row) == options.ignore_index; }
-
-  // logits [M, n] of the classes first .. first + n - 1
-  Status logits(int64_t first, int64_t n, C* out, int threads) const {
-    return gemm<T>(M, n, K, x, {weight.data + first * weight.row, 1, weight.row}, threads,
-                   [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
-                     if (bias) y = y + load_n(bias + first + column, lanes);
-                     store_n(out + row * n + column, y, lanes);
-                   });
+  // A function of V alone, so that the order of the sums of dweight is one, too.
+  int64_t at_once() const {
+    const int64_t fit =
+        kLogitBytes / (V * static_cast<int64_t>(sizeof(C)) + 1) / kRowStep * kRowStep;
+    const int64_t rows = fit < kRowStep ? kRowStep : fit;
+    return rows < M ? rows : M;
   }
+  int64_t label(int64_t row) const {
+    return static_cast<const int64_t*>(op.target.data)[row * op.target.stride[0]];
+  }
+  bool ignored(int64_t row) const { return label(row) == op.options.ignore_index; }
+  bool wants_gradients() const { return op.dx.given || op.dweight.given || op.dbias.given; }
 };
-
-// body(first, n) over the blocks of classes
-template <class Body>
-static Status each_block(int64_t V, const Body& body) {
-  Status status = Status::ok;
-  for (int64_t first = 0; first < V && status == Status::ok; first += kColumns)
-    status = body(first, V - first < kColumns ? V - first : kColumns);
-  return status;
-}
 
 static double stat(const Tensor& t, int64_t row) {
   return t.dtype == DType::f64 ? static_cast<const double*>(t.data)[row * t.stride[0]]
@@ -67,135 +47,166 @@ static void set_stat(const Tensor& t, int64_t row, double value) {
     static_cast<float*>(t.data)[row * t.stride[0]] = static_cast<float>(value);
 }
 
-constexpr int64_t kRows = 16;  // of a task: 16 K exponentials
-
+// logits [n, V] of the rows first .. first + n - 1
 template <class T>
-static Status forward(const LinearCrossEntropyForward& op, int threads) {
+static Status make_logits(const Head<T>& h, int64_t first, int64_t n, Compute<T>* logits,
+                          int threads) {
   using C = Compute<T>;
-  const Problem<T> p(op);
-  const Scratch logits(p.M * kColumns * sizeof(C));
-  const Scratch all_sums(p.M * sizeof(RowSums<C>)), at_label(p.M * sizeof(C));
-  if (!logits.ok() || !all_sums.ok() || !at_label.ok()) return Status::out_of_memory;
-  RowSums<C>* sums = all_sums.template at<RowSums<C>>();
-  for (int64_t row = 0; row < p.M; ++row) sums[row] = {};
-
-  const Status status = each_block(p.V, [&](int64_t first, int64_t n) {
-    const C* x = logits.template at<C>();
-    const Status done = p.logits(first, n, logits.template at<C>(), threads);
-    if (done != Status::ok) return done;
-    parallel_rows(p.M, kRows, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row) {
-        if (p.ignored(row)) continue;
-        const int64_t y = p.label(row) - first;
-        if (y >= 0 && y < n) at_label.template at<C>()[row] = x[row * n + y];
-        if (p.options.label_smoothing > 0)
-          add_numbers<true>(&sums[row], x + row * n, n);
-        else
-          add_numbers<false>(&sums[row], x + row * n, n);
-      }
-    });
-    return Status::ok;
-  });
-  if (status != Status::ok) return status;
-  for (int64_t row = 0; row < p.M; ++row) {
-    RowLoss result = {0, 0};
-    if (!p.ignored(row))
-      result = loss_of(sums[row], p.V, at_label.template at<C>()[row], p.options);
-    set_stat(op.loss, row, result.loss);
-    set_stat(op.lse, row, result.lse);
-  }
-  return Status::ok;
+  const Numbers<C> bias(h.op.bias);
+  return gemm<T>(n, h.V, h.K, Matrix<T>(h.op.x).from(first, 0), Matrix<T>(h.op.weight).transposed(),
+                 threads, [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
+                   if (h.op.bias.given) y = y + bias.load(column, lanes);
+                   store_n(logits + row * h.V + column, y, lanes);
+                 });
 }
 
-// x with the ignored rows replaced by zeros, when one of them would turn 0 * x into NaN: in memory
-// of its own, else x itself.
+// The loss of every row, and its logits replaced by their gradient of type T, from the row's start.
 template <class T>
-static Matrix<T> without_ignored(const Problem<T>& p, const Scratch& memory) {
+static void take_losses(const Head<T>& h, int64_t first, int64_t n, Compute<T>* logits,
+                        int threads) {
+  const int64_t grain = kTaskNumbers / (h.V + 1) + 1;
+  parallel_rows(n, grain, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = first + i, y = h.label(row);
+      Compute<T>* x = logits + i * h.V;
+      T* gradient = reinterpret_cast<T*>(x);
+      RowLoss result = {0, 0};
+      if (!h.ignored(row)) result = row_loss(x, h.V, y, h.op.options);
+      if (h.op.loss.given) set_stat(h.op.loss, row, result.loss);
+      if (!h.wants_gradients()) continue;
+      if (h.ignored(row))
+        memset(static_cast<void*>(gradient), 0, h.V * sizeof(T));
+      else
+        row_gradient(x, h.V, h.V, y, result.lse, stat(h.op.dloss, row), h.op.options, gradient);
+    }
+  });
+}
+
+// The rows first .. of x for dweight, with those that are ignored replaced by zeros when one of
+// them would turn 0 * x into NaN: in memory of its own, else x itself.
+template <class T>
+static Matrix<T> without_ignored(const Head<T>& h, int64_t first, int64_t n,
+                                 const Scratch& memory) {
   using V = Vec<Compute<T>>;
-  T* rows = memory.template at<T>();
+  const Matrix<T> x = Matrix<T>(h.op.x).from(first, 0);
+  const T* from = static_cast<const T*>(x.data);
   V probe = V::zero();
-  for (int64_t row = 0; row < p.M; ++row) {
-    if (!p.ignored(row)) continue;
-    each_vector<Compute<T>>(p.K, [&](int64_t i, int n) {
-      probe = fma(load_n(p.x.data + row * p.x.row + i, n), V::zero(), probe);
-    });
-  }
-  if (bits_of(probe != probe) == 0) return p.x;
-  for (int64_t row = 0; row < p.M; ++row) {
-    if (p.ignored(row))
-      memset(static_cast<void*>(rows + row * p.K), 0, p.K * sizeof(T));
+  for (int64_t i = 0; i < n; ++i)
+    if (h.ignored(first + i))
+      each_vector<Compute<T>>(h.K, [&](int64_t j, int lanes) {
+        probe = fma(load_n(from + i * x.row + j, lanes), V::zero(), probe);
+      });
+  if (bits_of(probe != probe) == 0) return x;
+  T* rows = memory.template at<T>();
+  for (int64_t i = 0; i < n; ++i) {
+    if (h.ignored(first + i))
+      memset(static_cast<void*>(rows + i * h.K), 0, h.K * sizeof(T));
     else
-      memcpy(rows + row * p.K, p.x.data + row * p.x.row, p.K * sizeof(T));
+      memcpy(static_cast<void*>(rows + i * h.K), from + i * x.row, h.K * sizeof(T));
   }
-  return {rows, p.K, 1};
+  return {rows, h.K, 1};
 }
 
-template <class T>
-static Status backward(const LinearCrossEntropyBackward& op, int threads) {
-  using C = Compute<T>;
-  const Problem<T> p(op);
-  const int64_t K = p.K;
-  const Scratch logits(p.M * kColumns * sizeof(C)), gradients(p.M * kColumns * sizeof(T));
-  const Scratch dx(op.dx.given ? p.M * K * sizeof(C) : 0);
-  const Scratch read(op.dweight.given ? p.M * K * sizeof(T) : 0);
-  if (!logits.ok() || !gradients.ok() || !dx.ok() || !read.ok()) return Status::out_of_memory;
-  const Matrix<T> x_read = op.dweight.given ? without_ignored(p, read) : p.x;
+// sum [V, N] += y, where sum is the result itself when it has the accuracy of a sum
+template <class C>
+struct RunningSum {
+  const Tensor& result;
+  Numbers<C> sum;
+  int64_t row;
+  bool own;
 
-  const Status status = each_block(p.V, [&](int64_t first, int64_t n) {
-    C* x = logits.template at<C>();
-    T* dlogits = gradients.template at<T>();
-    Status done = p.logits(first, n, x, threads);
-    if (done != Status::ok) return done;
-    parallel_rows(p.M, kRows, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row) {
-        if (p.ignored(row))
-          memset(dlogits + row * n, 0, n * sizeof(T));
-        else
-          row_gradient(x + row * n, n, p.V, p.label(row) - first, stat(op.lse, row),
-                       stat(op.dloss, row), p.options, dlogits + row * n);
-      }
-    });
+  RunningSum(const Tensor& result, const Scratch& memory, int64_t N, bool own)
+      : result(result),
+        sum(own ? Numbers<C>(memory.at<C>(), sizeof(C) == 8 ? DType::f64 : DType::f32)
+                : Numbers<C>(result)),
+        row(own ? N : result.stride[0]),
+        own(own) {}
+};
+
+template <class T>
+static Status run(const LinearCrossEntropy& op, int threads) {
+  using C = Compute<T>;
+  const Head<T> h(op);
+  const int64_t K = h.K, V = h.V;
+  const bool several = h.M > h.rows_at_once;
+  const auto needs_memory = [&](const Tensor& t) {
+    return t.given && several && t.dtype == op.x.dtype && sizeof(T) < sizeof(C);
+  };
+  const bool own_dweight = needs_memory(op.dweight), own_dbias = op.dbias.given && several;
+  const Scratch logits(h.rows_at_once * V * sizeof(C));
+  const Scratch read(op.dweight.given ? h.rows_at_once * K * sizeof(T) : 0);
+  const Scratch dweight_sum(own_dweight ? V * K * sizeof(C) : 0);
+  const Scratch dbias_sum(own_dbias ? 2 * V * sizeof(C) : 0);
+  if (!logits.ok() || !read.ok() || !dweight_sum.ok() || !dbias_sum.ok())
+    return Status::out_of_memory;
+  const RunningSum<C> dweight(op.dweight, dweight_sum, K, own_dweight);
+  const DType compute = sizeof(C) == 8 ? DType::f64 : DType::f32;
+  C* x = logits.template at<C>();
+  const T* dlogits = logits.template at<T>();
+  const int64_t step = V * static_cast<int64_t>(sizeof(C) / sizeof(T));  // between rows of dlogits
+
+  for (int64_t first = 0; first < h.M; first += h.rows_at_once) {
+    const int64_t n = h.M - first < h.rows_at_once ? h.M - first : h.rows_at_once;
+    const bool last = first + n == h.M;
+    Status status = make_logits(h, first, n, x, threads);
+    if (status != Status::ok) return status;
+    take_losses(h, first, n, x, threads);
     if (op.dx.given)
-      done = gemm<T>(p.M, K, n, {dlogits, n, 1},
-                     {p.weight.data + first * p.weight.row, p.weight.row, 1}, threads,
-                     [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
-                       C* sum = dx.template at<C>() + row * K + column;
-                       if (first > 0) y = load_n(sum, lanes) + y;
-                       store_n(sum, y, lanes);
-                     });
-    if (op.dweight.given && done == Status::ok)
-      done = gemm<T>(n, K, p.M, {dlogits, 1, n}, x_read, threads,
-                     [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
-                       store_n(row_of<T>(op.dweight, first + row) + column, y, lanes);
-                     });
-    if (op.dbias.given)
-      column_sums<T>(p.M, n, {dlogits, n, 1}, static_cast<T*>(op.dbias.data) + first, threads);
-    return done;
-  });
-  if (status != Status::ok) return status;
-  if (op.dx.given)
-    parallel_rows(p.M, kRows, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t row = begin; row < end; ++row)
-        each_vector<C>(K, [&](int64_t i, int lanes) {
-          const bool none = p.V == 0 || p.ignored(row);  // 0 even where weight is not finite
-          store_n(row_of<T>(op.dx, row) + i,
-                  none ? Vec<C>::zero() : load_n(dx.template at<C>() + row * K + i, lanes), lanes);
-        });
-    });
+      status = gemm<T>(n, K, V, {dlogits, step, 1}, Matrix<T>(op.weight), threads,
+                       [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
+                         // 0 even where weight is not finite
+                         if (h.ignored(first + row)) y = Vec<C>::zero();
+                         store_n(row_of<T>(op.dx, first + row) + column, y, lanes);
+                       });
+    if (op.dweight.given && status == Status::ok)
+      status =
+          gemm<T>(V, K, n, {dlogits, 1, step}, without_ignored(h, first, n, read), threads,
+                  [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
+                    const int64_t i = row * dweight.row + column;
+                    if (first > 0) y = dweight.sum.load(i, lanes) + y;
+                    if (last)
+                      Numbers<C>(op.dweight).store(row_offset(op.dweight, row) + column, y, lanes);
+                    else
+                      dweight.sum.store(i, y, lanes);
+                  });
+    if (status != Status::ok) return status;
+    if (op.dbias.given) {
+      const Numbers<C> gradients(const_cast<T*>(dlogits), op.x.dtype);
+      if (!several) {
+        column_sums<C>(n, V, gradients, step, Numbers<C>(op.dbias), threads);
+        continue;
+      }
+      C* sum = dbias_sum.template at<C>();
+      C* part = first > 0 ? sum + V : sum;
+      column_sums<C>(n, V, gradients, step, Numbers<C>(part, compute), threads);
+      const Numbers<C> dbias(op.dbias);
+      each_vector<C>(first > 0 ? V : 0, [&](int64_t i, int lanes) {
+        const Vec<C> y = load_n(sum + i, lanes) + load_n(part + i, lanes);
+        if (last)
+          dbias.store(i, y, lanes);
+        else
+          store_n(sum + i, y, lanes);
+      });
+    }
+  }
   return Status::ok;
+}
+
+// Gradients of no rows, or of no classes: zeros.
+static void clear(const Tensor& t) {
+  if (!t.given || t.size[t.rank - 1] == 0) return;
+  const int64_t bytes = row_length(t) * (t.dtype == DType::f64 ? 8 : t.dtype == DType::f32 ? 4 : 2);
+  for (int64_t row = 0; row < row_count(t); ++row)
+    memset(static_cast<char*>(t.data) + row_offset(t, row) * (bytes / row_length(t)), 0, bytes);
 }
 
 }  // namespace
 
-Status linear_cross_entropy_forward(const LinearCrossEntropyForward& op, int threads) {
+Status linear_cross_entropy(const LinearCrossEntropy& op, int threads) {
+  if (op.x.size[0] == 0 || op.weight.size[0] == 0)
+    for (const Tensor* t : {&op.dx, &op.dweight, &op.dbias}) clear(*t);
   Status status = Status::ok;
-  with_type(op.x.dtype, [&]<class T>(T) { status = forward<T>(op, threads); });
-  return status;
-}
-
-Status linear_cross_entropy_backward(const LinearCrossEntropyBackward& op, int threads) {
-  Status status = Status::ok;
-  with_type(op.x.dtype, [&]<class T>(T) { status = backward<T>(op, threads); });
+  with_type(op.x.dtype, [&]<class T>(T) { status = run<T>(op, threads); });
   return status;
 }
 

@@ -1,56 +1,102 @@
 // Packing: lanes of a matrix side by side, unit after unit: out[u * width + i] = lane i at unit u.
-// A lane is a row of A or a column of B. Missing lanes and an odd last half pair are zero.
+// A lane is a row of A or a column of B. Missing lanes and an odd last half pair are zero. Numbers
+// of a source type S other than T (float32 beside a half T) are rounded to T on the way.
 #pragma once
+#include <type_traits>
+
 #include "cpu/tile.h"
 
 PYKERN_BEGIN_ISA
 namespace {
 
 // A source of lanes: number (lane i, k) is data[i * lane + k * step].
-template <class T>
+template <class S>
 struct Lanes {
-  const T* data;
+  const S* data;
   int64_t lane, step;
 };
 
-// The next units of a lane whose numbers are contiguous; n numbers are left, zeros follow.
+// v with the precision of T
 template <class T>
-static inline Vec<Compute<T>> load_units(const T* p, int64_t n) {
-  using V = Vec<Compute<T>>;
-  constexpr int numbers = V::lanes * kUnit<T>;
+static inline Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    return v;
+  } else {
+    T numbers[Vec<Compute<T>>::lanes];
+    store(numbers, v);
+    return load(numbers);
+  }
+}
+
+template <class T, class S>
+static inline T convert(S x) {
+  if constexpr (std::is_same_v<T, S>)
+    return x;
+  else
+    return narrow<T>(x);
+}
+
+// n numbers of S with the precision of T; whole vectors are the common case
+template <class T, class S>
+static inline Vec<Compute<T>> load_rounded(const S* p, int64_t n) {
+  constexpr int lanes = Vec<Compute<T>>::lanes;
+  const auto v = n >= lanes ? load(p) : load(p, static_cast<int>(n));
+  if constexpr (std::is_same_v<T, S>)
+    return v;
+  else
+    return rounded<T>(v);
+}
+
+// The next units of a lane whose numbers are contiguous; n numbers are left, zeros follow.
+template <class T, class S>
+static inline Vec<Compute<T>> load_units(const S* p, int64_t n) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPaired<T> && std::is_same_v<S, float>) {
+    constexpr int lanes = VecF::lanes;
+    const VecF first = n >= lanes ? load(p) : load(p, static_cast<int>(n));
+    if (n <= lanes) return pack_neighbours(first, VecF::zero());
+    const int64_t rest = n - lanes;
+    return pack_neighbours(
+        first, rest >= lanes ? load(p + lanes) : load(p + lanes, static_cast<int>(rest)));
+  }
+#endif
   if constexpr (kPaired<T>) {
-    T buffer[numbers] = {};
+    using V = Vec<Compute<T>>;
+    constexpr int numbers = V::lanes * kUnit<T>;
+    S buffer[numbers] = {};
     if (n < numbers) {
-      memcpy(buffer, p, n * sizeof(T));
+      memcpy(static_cast<void*>(buffer), p, n * sizeof(S));
       p = buffer;
     }
     V v;
     memcpy(&v.r, p, sizeof v.r);
     return v;
   } else {
-    return n >= numbers ? load(p) : load(p, static_cast<int>(n));
+    return load_rounded<T>(p, n);
   }
 }
 
 // One unit of contiguous lanes: the numbers at p, paired with those at next (null: zeros).
-template <class T>
-static inline Vec<Compute<T>> load_lanes(const T* p, const T* next, int64_t n) {
+template <class T, class S>
+static inline Vec<Compute<T>> load_lanes(const S* p, const S* next, int64_t n) {
   using V = Vec<Compute<T>>;
+#if defined(__AVX512BF16__)
+  if constexpr (kPaired<T> && std::is_same_v<S, float>)
+    return pack_pairs(load_rounded<float>(p, n), next ? load_rounded<float>(next, n) : V::zero());
+#endif
   if constexpr (kPaired<T>) {
     using Bits = Registers<float>::Bits;
-    const V even = n >= V::lanes ? load(p) : load(p, static_cast<int>(n));
-    V odd = V::zero();
-    if (next) odd = n >= V::lanes ? load(next) : load(next, static_cast<int>(n));
+    const V even = load_rounded<T>(p, n), odd = next ? load_rounded<T>(next, n) : V::zero();
     return {(typename V::Reg)(((Bits)even.r >> 16) | (Bits)odd.r)};  // widening put bf16 on top
   } else {
-    return n >= V::lanes ? load(p) : load(p, static_cast<int>(n));
+    return load_rounded<T>(p, n);
   }
 }
 
 // Packs lanes 0..valid-1 of width, k numbers each. available >= valid lanes may be read. Whole
 // vectors are stored, so up to one vector behind out[units * width] is overwritten.
-template <class T>
-static void pack(Compute<T>* out, int width, Lanes<T> from, int valid, int64_t available,
+template <class T, class S = T>
+static void pack(Compute<T>* out, int width, Lanes<S> from, int valid, int64_t available,
                  int64_t k) {
   using C = Compute<T>;
   using V = Vec<C>;
@@ -62,9 +108,10 @@ static void pack(Compute<T>* out, int width, Lanes<T> from, int valid, int64_t a
         V square[L];
         const int64_t left = k - u * kUnit<T>;
         for (int i = 0; i < L; ++i)
-          square[i] = first + i < valid
-                          ? load_units<T>(from.data + (first + i) * from.lane + u * kUnit<T>, left)
-                          : V::zero();
+          square[i] =
+              first + i < valid
+                  ? load_units<T, S>(from.data + (first + i) * from.lane + u * kUnit<T>, left)
+                  : V::zero();
         transpose(square);
         const int rows = count - u < L ? static_cast<int>(count - u) : L;
         if (first + L <= width || first == 0) {  // surplus lanes: the next unit overwrites them
@@ -77,11 +124,11 @@ static void pack(Compute<T>* out, int width, Lanes<T> from, int valid, int64_t a
     }
   } else if (from.lane == 1) {  // copy
     for (int64_t u = 0; u < count; ++u) {
-      const T* p = from.data + u * kUnit<T> * from.step;
-      const T* next = u * kUnit<T> + 1 < k ? p + from.step : nullptr;
+      const S* p = from.data + u * kUnit<T> * from.step;
+      const S* next = u * kUnit<T> + 1 < k ? p + from.step : nullptr;
       for (int first = 0; first < width; first += L) {
         V v = first < valid
-                  ? load_lanes<T>(p + first, next ? next + first : nullptr, available - first)
+                  ? load_lanes<T, S>(p + first, next ? next + first : nullptr, available - first)
                   : V::zero();
         if (valid - first < L && first < valid) {
           C lanes[L];
@@ -98,7 +145,7 @@ static void pack(Compute<T>* out, int width, Lanes<T> from, int valid, int64_t a
         T numbers[kUnit<T>] = {};
         for (int64_t p = 0; p < kUnit<T>; ++p)
           if (i < valid && u * kUnit<T> + p < k)
-            numbers[p] = from.data[i * from.lane + (u * kUnit<T> + p) * from.step];
+            numbers[p] = convert<T>(from.data[i * from.lane + (u * kUnit<T> + p) * from.step]);
         if constexpr (kPaired<T>)
           memcpy(out + u * width + i, numbers, sizeof numbers);
         else

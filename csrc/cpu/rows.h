@@ -23,6 +23,13 @@ static inline int64_t row_offset(const Tensor& t, int64_t row) {
   return t.rank > 1 ? offset + row * t.stride[0] : 0;  // no division for a matrix
 }
 
+// The distance between rows of a tensor whose rows nest (checked at the boundary).
+static inline int64_t row_step(const Tensor& t) {
+  for (int i = t.rank - 2; i >= 0; --i)
+    if (t.size[i] != 1) return t.stride[i];
+  return row_length(t);
+}
+
 // The row-th row, rows counted in the order of the leading dimensions.
 template <class T>
 static inline T* row_of(const Tensor& t, int64_t row) {
@@ -68,6 +75,36 @@ static inline void store_n(T* p, Vec<Compute<T>> v, int n) {
   else
     store(p, v, n);
 }
+
+// The numbers of a tensor, computed in C and stored in whatever floating dtype it has.
+template <class C>
+struct Numbers {
+  void* data;
+  DType dtype;
+
+  explicit Numbers(const Tensor& t) : data(t.data), dtype(t.dtype) {}
+  Numbers(void* data, DType dtype) : data(data), dtype(dtype) {}
+
+  // n <= lanes numbers from number i on
+  Vec<C> load(int64_t i, int n) const {
+    if constexpr (sizeof(C) == sizeof(double)) {
+      return load_n(static_cast<const double*>(data) + i, n);
+    } else {
+      if (dtype == DType::bf16) return load_n(static_cast<const bf16*>(data) + i, n);
+      if (dtype == DType::f16) return load_n(static_cast<const f16*>(data) + i, n);
+      return load_n(static_cast<const float*>(data) + i, n);
+    }
+  }
+  void store(int64_t i, Vec<C> v, int n) const {
+    if constexpr (sizeof(C) == sizeof(double)) {
+      store_n(static_cast<double*>(data) + i, v, n);
+    } else {
+      if (dtype == DType::bf16) return store_n(static_cast<bf16*>(data) + i, v, n);
+      if (dtype == DType::f16) return store_n(static_cast<f16*>(data) + i, v, n);
+      store_n(static_cast<float*>(data) + i, v, n);
+    }
+  }
+};
 
 }  // namespace
 PYKERN_END_ISA

@@ -1,8 +1,7 @@
 // Scratch memory of one kernel call, aligned to a cache line. ok() is false when there was none:
 // the kernel then returns Status::out_of_memory before it writes anything.
 #pragma once
-#include <stdlib.h>
-
+#include "core/memory.h"
 #include "core/tensor.h"
 #include "cpu/isa.h"
 
@@ -13,9 +12,8 @@ class Scratch {
  public:
   // threads blocks of bytes each; a thread's block is at(thread_index())
   explicit Scratch(int64_t bytes, int threads = 1)
-      : block_((bytes + kSlack + 63) / 64 * 64),
-        memory_(aligned_alloc(64, static_cast<size_t>(block_ * threads))) {}
-  ~Scratch() { free(memory_); }
+      : block_((bytes + kSlack + 63) / 64 * 64), memory_(borrow_memory(block_ * threads)) {}
+  ~Scratch() { return_memory(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 

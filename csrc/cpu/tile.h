@@ -26,6 +26,10 @@ static inline int64_t units(int64_t k) {
   return (k + kUnit<T> - 1) / kUnit<T>;
 }
 
+// Units summed in one go: short sums keep the rounding error of long ones down, at 2 % of the time.
+template <class T>
+constexpr int64_t kChunk = kPaired<T> ? 512 : 128;
+
 // Rows and vectors of a tile. AVX-512 has 32 registers: 24 accumulators, 2 of B, 1 of A; the others
 // have 16: 12 + 2 + 1. With 2 FMA per cycle of latency 4 a tile needs 8 accumulators in flight.
 constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;

@@ -433,12 +433,16 @@ constexpr bool kHasBf16Dot = true;
 static inline VecF dot_pairs(VecF acc, VecF a, VecF b) {
   return {(VecF::Reg)_mm512_dpbf16_ps((__m512)acc.r, (__m512bh)a.r, (__m512bh)b.r)};
 }
+// the numbers of first and second in order, two to a lane
+static inline VecF pack_neighbours(VecF first, VecF second) {
+  return {(VecF::Reg)_mm512_cvtne2ps_pbh((__m512)second.r, (__m512)first.r)};
+}
 // even in the low halves, odd in the high halves
 static inline VecF pack_pairs(VecF even, VecF odd) {
   using Halves [[gnu::vector_size(64)]] = int16_t;
   constexpr Halves zip = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd.r, (__m512)even.r);
+  const __m512i halves = (__m512i)pack_neighbours(even, odd).r;
   return {(VecF::Reg)_mm512_permutexvar_epi16((__m512i)zip, halves)};
 }
 // the bf16 of v, in order

@@ -7,6 +7,7 @@
 #include "ops/decode.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
+#include "ops/mlp.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
 #include "ops/rope.h"
@@ -21,6 +22,8 @@
   X(swiglu_backward, SwigluBackward) \
   X(linear_forward, LinearForward) \
   X(linear_backward, LinearBackward) \
+  X(mlp_forward, MlpForward) \
+  X(mlp_backward, MlpBackward) \
   X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
   X(attention_weights, AttentionWeights) \
@@ -36,8 +39,7 @@
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
-  X(linear_cross_entropy_forward, LinearCrossEntropyForward) \
-  X(linear_cross_entropy_backward, LinearCrossEntropyBackward) \
+  X(linear_cross_entropy, LinearCrossEntropy) \
   X(rope, Rope) \
   X(softmax_forward, SoftmaxForward) \
   X(softmax_backward, SoftmaxBackward) \

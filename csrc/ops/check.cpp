@@ -77,6 +77,15 @@ void Checker::same_dtype(Arg a, Arg reference) const {
                name(a.t.dtype), " but ", reference.name, " has ", name(reference.t.dtype));
 }
 
+void Checker::same_dtype_or_float(Arg a, Arg reference) const {
+  if (!a.t.given) return;
+  const DType half = reference.t.dtype;
+  if (a.t.dtype == DType::f32 && (half == DType::bf16 || half == DType::f16))
+    same_device(a, reference);
+  else
+    same_dtype(a, reference);
+}
+
 void Checker::rank(Arg a, int expected, const char* layout) const {
   if (!a.t.given) return;
   PYKERN_CHECK(value, a.t.rank == expected, op, ": ", a.name, " must be ", layout, ", got shape ",

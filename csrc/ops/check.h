@@ -27,6 +27,8 @@ struct Checker {
   void floating(Arg a) const;  // float32, float64, bfloat16, float16
   void dtype(Arg a, DType expected) const;
   void same_dtype(Arg a, Arg reference) const;  // and the same device; an absent argument passes
+  // the dtype of reference, or float32 where that is bfloat16 or float16; and the same device
+  void same_dtype_or_float(Arg a, Arg reference) const;
   void same_device(Arg a, Arg reference) const;
   void rank(Arg a, int expected, const char* layout) const;
   void size(Arg a, int dim, int64_t expected, const char* meaning) const;

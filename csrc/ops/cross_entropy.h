@@ -25,23 +25,18 @@ struct CrossEntropyBackward {
 };
 
 // linear_cross_entropy: the same loss for the logits x weight^T + bias, which never exist as a
-// whole
-//   x [M, K]   weight [V, K]   bias [V]   target, loss, lse [M]
-struct LinearCrossEntropyForward {
-  Tensor x, weight, bias, target, loss, lse;
-  CrossEntropyOptions options;
-};
-
-struct LinearCrossEntropyBackward {
-  Tensor x, weight, bias, target, lse, dloss;
-  Tensor dx, dweight, dbias;  // those not wanted are not given
+// whole. Gradients, those that are given, need dloss, the gradient of each row's loss.
+//   x, dx [M, K]   weight, dweight [V, K]   bias, dbias [V]   target, loss, dloss [M]
+// A bfloat16 or float16 x may have a float32 weight and bias, and then float32 gradients of them.
+struct LinearCrossEntropy {
+  Tensor x, weight, bias, target;
+  Tensor loss, dloss, dx, dweight, dbias;
   CrossEntropyOptions options;
 };
 
 void check(const CrossEntropyForward& op);
 void check(const CrossEntropyBackward& op);
-void check(const LinearCrossEntropyForward& op);
-void check(const LinearCrossEntropyBackward& op);
+void check(const LinearCrossEntropy& op);
 
 // The options, and every label: 0 <= y < V or ignore_index. Labels on a GPU are left to the kernel.
 void check_labels(const char* op, const Tensor& target, int64_t V,

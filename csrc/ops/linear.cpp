@@ -9,7 +9,7 @@ static constexpr Checker c{"linear"};
 // x [..., K] and weight [N, K]: rows at one constant stride
 static void check_operands(Arg x, Arg weight) {
   c.floating(x);
-  c.same_dtype(weight, x);
+  c.same_dtype_or_float(weight, x);
   PYKERN_CHECK(value, x.t.rank >= 1, "linear: x must be [..., K], got a scalar");
   c.rank(weight, 2, "[N, K]");
   const int64_t K = x.t.size[x.t.rank - 1];
@@ -22,7 +22,6 @@ static void check_operands(Arg x, Arg weight) {
 // a [..., N] with the leading dimensions of x
 static void check_rows(Arg a, Arg x, int64_t N) {
   if (!a.t.given) return;
-  c.same_dtype(a, x);
   bool same = a.t.rank == x.t.rank && a.t.size[a.t.rank - 1] == N;
   for (int i = 0; same && i + 1 < a.t.rank; ++i) same = a.t.size[i] == x.t.size[i];
   PYKERN_CHECK(value, same, "linear: ", a.name, " has shape ", shape(a.t),
@@ -31,7 +30,7 @@ static void check_rows(Arg a, Arg x, int64_t N) {
 }
 
 static void check_vector(Arg a, Arg x, int64_t n, const char* meaning) {
-  c.same_dtype(a, x);
+  c.same_dtype_or_float(a, x);
   c.rank(a, 1, "[N]");
   c.size(a, 0, n, meaning);
   c.unit_last(a);
@@ -43,6 +42,9 @@ void check(const LinearForward& op) {
   check_operands(x, weight);
   const int64_t N = op.weight.size[0];
   check_vector(bias, x, N, "N");
+  c.same_dtype_or_float(residual, x);
+  c.same_dtype(out, op.residual.given ? residual : x);
+  c.same_dtype(pre, x);
   for (const Arg& a : {residual, out, pre}) check_rows(a, x, N);
   for (const Arg& a : {out, pre}) c.output(a);
   c.disjoint({out, pre}, {x, weight, bias, residual});
@@ -53,6 +55,8 @@ void check(const LinearBackward& op) {
   const Arg dx{"dx", op.dx}, dweight{"dweight", op.dweight}, dbias{"dbias", op.dbias};
   check_operands(x, weight);
   const int64_t N = op.weight.size[0];
+  c.same_dtype_or_float(dout, x);
+  c.same_dtype(pre, x);
   check_rows(dout, x, N);
   c.row_strided(dout);
   check_rows(pre, x, N);
@@ -61,7 +65,7 @@ void check(const LinearBackward& op) {
   c.same_dtype(dx, x);
   c.same_shape(dx, x);
   c.unit_last(dx);
-  c.same_dtype(dweight, x);
+  c.same_dtype(dweight, weight);
   c.same_shape(dweight, weight);
   c.unit_last(dweight);
   check_vector(dbias, x, N, "N");

@@ -4,6 +4,8 @@
 in front of it, used only when some input requires grad. The function's forward calls `below_autograd(op, ...)`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -108,13 +110,16 @@ def unit_last(x: Tensor) -> Tensor:
     return x if x.dim() == 0 or x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
-_MAPPED = 32 << 20  # bytes: glibc takes larger blocks from the system each time, so each page of them faults
+_LARGE = 4 << 20  # bytes: two huge pages
 
 
-def empty_packed_like(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor like x, on huge pages where it is large."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if out.device.type == "cpu" and out.nbytes > _MAPPED:
+def empty_packed(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor on x's device, of x's shape and dtype unless given; large: on huge pages.
+
+    Fresh memory costs a page fault every 4 KiB, which takes longer than many kernels; huge pages take 512 times fewer.
+    """
+    out = x.new_empty(x.shape if shape is None else shape, dtype=dtype)
+    if out.nbytes > _LARGE and out.device.type == "cpu" and type(out) is Tensor:
         _C.huge_pages(out)
     return out
 
@@ -128,4 +133,21 @@ def autocast(op: str, *tensors: Tensor | None) -> tuple:
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def autocast_operands(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> tuple:
+    """Under torch.autocast x in the autocast dtype; the others as they are if float32 or of that dtype, else cast.
+
+    The kernels round a float32 weight while they read it and write its gradient in float32: no copies.
+    """
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, weight, bias, residual
+    dtype = torch.get_autocast_dtype(kind)
+    if x.dtype == torch.float64 or not x.is_floating_point() or dtype not in (torch.bfloat16, torch.float16):
+        return autocast("", x, weight, bias, residual)
+    return x.to(dtype), *(
+        t if t is None or t.dtype in (torch.float32, torch.float64, dtype) else t.to(dtype)
+        for t in (weight, bias, residual)
     )

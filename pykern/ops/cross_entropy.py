@@ -8,7 +8,7 @@ from pykern.ops._library import (
     below_autograd,
     define,
     differentiable,
-    empty_packed_like,
+    empty_packed,
     require_tensors,
     unit_last,
 )
@@ -59,7 +59,7 @@ def _forward_fake(logits, target, ignore_index, label_smoothing, z_loss, reducti
 
 def _backward(logits, target, lse, dout, ignore_index, label_smoothing, z_loss, reduction):
     logits = unit_last(logits)
-    dlogits = empty_packed_like(logits)
+    dlogits = empty_packed(logits)
     dloss = row_gradients(dout, target, ignore_index, reduction)
     options = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss)
     _C.cross_entropy_backward(logits, target, lse, dloss, dlogits, **options)

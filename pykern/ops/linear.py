@@ -5,10 +5,11 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    autocast,
+    autocast_operands,
     below_autograd,
     define,
     differentiable,
+    empty_packed,
     optional_tensors,
     require_tensors,
     unit_last,
@@ -28,8 +29,9 @@ def _matching_rows(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _forward(x, weight, bias, residual, activation, keep_pre):
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    pre = torch.empty_like(out) if keep_pre else x.new_empty(0)
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = empty_packed(x, shape, None if residual is None else residual.dtype)
+    pre = empty_packed(x, shape) if keep_pre else x.new_empty(0)
     rows = _rows(x)
     _C.linear_forward(
         rows,
@@ -44,15 +46,16 @@ def _forward(x, weight, bias, residual, activation, keep_pre):
 
 
 def _forward_fake(x, weight, bias, residual, activation, keep_pre):
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return out, torch.empty_like(out) if keep_pre else x.new_empty(0)
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = x.new_empty(shape, dtype=x.dtype if residual is None else residual.dtype)
+    return out, x.new_empty(shape if keep_pre else 0)
 
 
-def _backward(x, weight, pre, dout, activation, wanted):
+def _backward(x, weight, bias, pre, dout, activation, wanted):
     rows = _rows(x)
-    dx = rows.new_empty(rows.shape) if wanted[0] else None
-    dweight = weight.new_empty(weight.shape) if wanted[1] else None
-    dbias = weight.new_empty(weight.shape[0]) if wanted[2] else None
+    dx = empty_packed(rows) if wanted[0] else None
+    dweight = empty_packed(weight) if wanted[1] else None
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted[2] else None
     _C.linear_backward(
         rows,
         unit_last(weight),
@@ -71,11 +74,11 @@ def _backward(x, weight, pre, dout, activation, wanted):
     )
 
 
-def _backward_fake(x, weight, pre, dout, activation, wanted):
+def _backward_fake(x, weight, bias, pre, dout, activation, wanted):
     return (
         x.new_empty(x.shape if wanted[0] else 0),
         weight.new_empty(weight.shape if wanted[1] else 0),
-        weight.new_empty(weight.shape[0] if wanted[2] else 0),
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if wanted[2] else weight.new_empty(0),
     )
 
 
@@ -86,7 +89,7 @@ _linear = define(
     _forward_fake,
 )
 _linear_backward = define(
-    "linear_backward(Tensor x, Tensor weight, Tensor? pre, Tensor dout, str activation, bool[3] wanted) "
+    "linear_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? pre, Tensor dout, str activation, bool[3] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -98,16 +101,16 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, activation, keep_pre):
         keep_pre = activation != "none"
         out, pre = below_autograd(_linear, x, weight, bias, residual, activation, keep_pre)
-        ctx.save_for_backward(x, weight, pre if keep_pre else None)
+        ctx.save_for_backward(x, weight, bias, pre if keep_pre else None)
         ctx.activation = activation
         ctx.mark_non_differentiable(pre)
         return out, pre
 
     @staticmethod
     def backward(ctx, dout, _):
-        x, weight, pre = ctx.saved_tensors
+        x, weight, bias, pre = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
-        grads = _linear_backward(x, weight, pre, dout, ctx.activation, wanted)
+        grads = _linear_backward(x, weight, bias, pre, dout, ctx.activation, wanted)
         dx, dweight, dbias = (g if w else None for g, w in zip(grads, wanted, strict=True))
         return dx, dweight, dbias, dout if ctx.needs_input_grad[3] else None, None, None
 
@@ -125,8 +128,9 @@ def linear(
 ) -> Tensor:
     """activation(x weight^T + bias) + residual for x [..., K], weight [N, K], bias [N], residual [..., N] -> [..., N].
 
-    One dtype for all: float32, float64, bfloat16 or float16 (sums in float32); under torch.autocast all are cast to
-    the autocast dtype. activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid". The bits of a row do not
+    x float32, float64, bfloat16 or float16 (sums in float32), the others in its dtype; a half x may have float32 weight
+    and bias, and a float32 residual makes out float32. Under torch.autocast x is cast, float32 weights and residuals
+    are not: the kernel rounds the weight while it reads it. activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid". The bits of a row do not
     depend on the number of rows or threads. Rows whose strides do not nest are copied first.
     TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, activation.
     """
@@ -144,5 +148,5 @@ def linear(
         raise ValueError(
             f"linear: residual has shape {list(residual.shape)}, expected {[*x.shape[:-1], weight.shape[0]]}"
         )
-    x, weight, bias, residual = autocast("linear", x, weight, bias, residual)
+    x, weight, bias, residual = autocast_operands(x, weight, bias, residual)
     return _linear(x, weight, bias, residual, kind, False)[0]

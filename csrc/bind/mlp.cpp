@@ -1,0 +1,67 @@
+#include "bind/borrow.h"
+#include "ops/all.h"
+
+namespace pykern {
+
+static constexpr const char* kName = "mlp";
+
+static void mlp_forward(py::handle x, py::handle up_weight, py::handle up_bias,
+                        py::handle gate_weight, py::handle gate_bias, py::handle down_weight,
+                        py::handle down_bias, py::handle residual, py::handle out, py::handle up,
+                        py::handle gate, const char* activation) {
+  const Borrowed x_(x, kName, "x"), up_weight_(up_weight, kName, "up_weight"),
+      down_weight_(down_weight, kName, "down_weight"), out_(out, kName, "out");
+  const Optional up_bias_(up_bias, kName, "up_bias"),
+      gate_weight_(gate_weight, kName, "gate_weight"), gate_bias_(gate_bias, kName, "gate_bias"),
+      down_bias_(down_bias, kName, "down_bias"), residual_(residual, kName, "residual"),
+      up_(up, kName, "up"), gate_(gate, kName, "gate");
+  const MlpForward op{x_,         up_weight_,   up_bias_,   gate_weight_,
+                      gate_bias_, down_weight_, down_bias_, residual_,
+                      out_,       up_,          gate_,      activation_named(kName, activation)};
+  PYKERN_RUN(mlp_forward, op, op.x);
+}
+
+static void mlp_backward(py::handle x, py::handle up_weight, py::handle gate_weight,
+                         py::handle down_weight, py::handle up, py::handle gate, py::handle dout,
+                         py::handle dx, py::handle dup_weight, py::handle dup_bias,
+                         py::handle dgate_weight, py::handle dgate_bias, py::handle ddown_weight,
+                         py::handle ddown_bias, const char* activation) {
+  const Borrowed x_(x, kName, "x"), up_weight_(up_weight, kName, "up_weight"),
+      down_weight_(down_weight, kName, "down_weight"), up_(up, kName, "up"),
+      dout_(dout, kName, "dout");
+  const Optional gate_weight_(gate_weight, kName, "gate_weight"), gate_(gate, kName, "gate"),
+      dx_(dx, kName, "dx"), dup_weight_(dup_weight, kName, "dup_weight"),
+      dup_bias_(dup_bias, kName, "dup_bias"), dgate_weight_(dgate_weight, kName, "dgate_weight"),
+      dgate_bias_(dgate_bias, kName, "dgate_bias"),
+      ddown_weight_(ddown_weight, kName, "ddown_weight"),
+      ddown_bias_(ddown_bias, kName, "ddown_bias");
+  const MlpBackward op{x_,
+                       up_weight_,
+                       gate_weight_,
+                       down_weight_,
+                       up_,
+                       gate_,
+                       dout_,
+                       dx_,
+                       dup_weight_,
+                       dup_bias_,
+                       dgate_weight_,
+                       dgate_bias_,
+                       ddown_weight_,
+                       ddown_bias_,
+                       activation_named(kName, activation)};
+  PYKERN_RUN(mlp_backward, op, op.x);
+}
+
+void bind_mlp(py::module_& m) {
+  using py::arg;
+  m.def("mlp_forward", mlp_forward, arg("x"), arg("up_weight"), arg("up_bias"), arg("gate_weight"),
+        arg("gate_bias"), arg("down_weight"), arg("down_bias"), arg("residual"), arg("out"),
+        arg("up"), arg("gate"), py::kw_only(), arg("activation"));
+  m.def("mlp_backward", mlp_backward, arg("x"), arg("up_weight"), arg("gate_weight"),
+        arg("down_weight"), arg("up"), arg("gate"), arg("dout"), arg("dx"), arg("dup_weight"),
+        arg("dup_bias"), arg("dgate_weight"), arg("dgate_bias"), arg("ddown_weight"),
+        arg("ddown_bias"), py::kw_only(), arg("activation"));
+}
+
+}  // namespace pykern

@@ -1,0 +1,112 @@
+// C = A B for few rows of A and a B^T whose rows are contiguous, such as torch's weights: every
+// number of B is read once, in order, and goes through the registers transposed. The sums are those
+// of gemm.h, bit for bit.
+#pragma once
+#include "cpu/gemm.h"
+#include "cpu/pack.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+constexpr int kFewRows = kTileRows < 8 ? kTileRows : 8;
+
+// Packs the first width rows of A, or as many as there are, k numbers each.
+template <class T>
+static void pack_rows(Compute<T>* out, int width, Matrix<T> A, int64_t rows, int64_t k) {
+  const int valid = rows < width ? static_cast<int>(rows) : width;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (A.wide) {
+      pack<T, float>(out, width, {static_cast<const float*>(A.data), A.row, A.column}, valid, rows,
+                     k);
+      return;
+    }
+  }
+  pack<T>(out, width, {static_cast<const T*>(A.data), A.row, A.column}, valid, rows, k);
+}
+
+// total[m] = the products of row m of a, packed as a strip, with each of `lanes` rows, K numbers
+// each.
+template <class T, class S, int M>
+[[gnu::noinline]] static void multiply_streamed(const Compute<T>* a, const S* rows, int64_t row,
+                                                int lanes, int64_t K, Vec<Compute<T>> (&total)[M]) {
+  using V = Vec<Compute<T>>;
+  constexpr int L = V::lanes, kRun = 16;
+  constexpr int64_t kAhead = 1024 / sizeof(S);
+  const int64_t count = units<T>(K);
+  V sum[M] = {}, chunk[M] = {};
+  for (int64_t u = 0; u < count; u += L) {
+    V square[L];
+    const int64_t left = K - u * kUnit<T>;
+    const S* p = rows + u * kUnit<T>;
+    if (lanes == L && left >= L * kUnit<T>) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        __builtin_prefetch(p + i * row + kAhead);
+        square[i] = load_units<T, S>(p + i * row, L * kUnit<T>);
+      }
+    } else {
+      for (int i = 0; i < L; ++i)
+        square[i] = i < lanes ? load_units<T, S>(p + i * row, left) : V::zero();
+    }
+    transpose(square);
+    const int n = count - u < L ? static_cast<int>(count - u) : L;
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i == n) break;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        sum[m] = multiply_add<T>(sum[m], V::splat(a[(u + i) * kTileRows + m]), square[i]);
+    }
+    // as in multiply_tile and gemm_tile: chunks, and without FMA runs, are summed by themselves
+    const bool end = u + L >= count, chunk_end = end || (u + L) % kChunk<T> == 0;
+    if (kFused ? chunk_end : end || (u + L) % kRun == 0)
+      for (int m = 0; m < M; ++m) {
+        chunk[m] = kFused ? sum[m] : chunk[m] + sum[m];
+        sum[m] = V::zero();
+      }
+    if (chunk_end)
+      for (int m = 0; m < M; ++m) {
+        total[m] = u < kChunk<T> ? chunk[m] : total[m] + chunk[m];
+        chunk[m] = V::zero();
+      }
+  }
+}
+
+// C = A Bt^T, Bt [N, K] with contiguous rows
+template <class T>
+static Status few_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> Bt, int threads,
+                       const TileSink& sink) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  const Scratch packed((units<T>(K) * kTileRows + V::lanes) * sizeof(C));
+  if (!packed.ok()) return Status::out_of_memory;
+  const C* a = packed.template at<C>();
+  pack_rows<T>(packed.template at<C>(), kTileRows, A, M, K);
+  const int64_t blocks = (N + V::lanes - 1) / V::lanes;
+  const int64_t grain = (blocks + 8 * threads - 1) / (8 * threads);
+  parallel_rows(blocks, grain, threads, [&](int64_t first, int64_t last, int) {
+    with_rows<kFewRows>(static_cast<int>(M), [&](auto rows) {
+      for (int64_t block = first; block < last; ++block) {
+        const int64_t column = block * V::lanes;
+        const int n = N - column < V::lanes ? static_cast<int>(N - column) : V::lanes;
+        const Matrix<T> lanes = Bt.from(column, 0);
+        V total[rows.value] = {};
+        if constexpr (sizeof(T) < sizeof(float)) {
+          if (lanes.wide)
+            multiply_streamed<T>(a, static_cast<const float*>(lanes.data), lanes.row, n, K, total);
+          else
+            multiply_streamed<T>(a, static_cast<const T*>(lanes.data), lanes.row, n, K, total);
+        } else {
+          multiply_streamed<T>(a, static_cast<const T*>(lanes.data), lanes.row, n, K, total);
+        }
+        sink(0, rows.value, column, n, total, V::lanes);
+      }
+    });
+  });
+  return Status::ok;
+}
+
+}  // namespace
+PYKERN_END_ISA
