@@ -57,8 +57,7 @@ static Status forward(const NormForward& op, int threads) {
   with_type(op.x.dtype, [&]<class T>(T) {
     using C = Compute<T>;
     using V = Vec<C>;
-    const T* weight = op.weight.given ? static_cast<const T*>(op.weight.data) : nullptr;
-    const T* bias = op.bias.given ? static_cast<const T*>(op.bias.data) : nullptr;
+    const Numbers<C> weight(op.weight), bias(op.bias), out(op.out);
     parallel_rows(rows, kGrain / (D + 1) + 1, threads, [&](int64_t first, int64_t last, int) {
       for (int64_t row = first; row < last; ++row) {
         const T* h = row_of<T>(op.x, row);
@@ -77,14 +76,14 @@ static Status forward(const NormForward& op, int threads) {
         const C rstd = 1 / root(variance + static_cast<C>(op.eps));
         static_cast<C*>(op.rstd.data)[row] = rstd;
 
-        T* out = row_of<T>(op.out, row);
+        const int64_t to = row_offset(op.out, row);
         each_vector<C>(D, [&](int64_t i, int n) {
           V y = load_n(h + i, n);
           if constexpr (centred) y = y - V::splat(mean);
           y = y * V::splat(rstd);
-          if (weight) y = y * load_n(weight + i, n);
-          if (bias) y = y + load_n(bias + i, n);
-          store_n(out + i, y, n);
+          if (op.weight.given) y = y * weight.load(i, n);
+          if (op.bias.given) y = y + bias.load(i, n);
+          out.store(to + i, y, n);
         });
       }
     });
@@ -125,15 +124,17 @@ class ColumnSums {
   }
 
   // out[i] = the sum of column i: which = 0 for dweight, 1 for dbias
-  template <class T>
-  void finish(int which, T* out, int threads) const {
+  void finish(int which, Numbers<C> out, int threads) const {
     parallel_rows(D_, kColumns, threads, [&](int64_t first, int64_t last, int) {
       double sum[kColumns] = {};
       for (int64_t task = 0; task < tasks(); ++task) {
         const double* total = total_.template at<double>() + (2 * task + which) * D_;
         for (int64_t i = first; i < last; ++i) sum[i - first] += total[i];
       }
-      for (int64_t i = first; i < last; ++i) out[i] = narrow<T>(static_cast<C>(sum[i - first]));
+      C numbers[kColumns];
+      for (int64_t i = first; i < last; ++i) numbers[i - first] = static_cast<C>(sum[i - first]);
+      each_vector<C>(last - first,
+                     [&](int64_t i, int n) { out.store(first + i, load_n(numbers + i, n), n); });
     });
   }
 
@@ -150,35 +151,38 @@ class ColumnSums {
 template <class T>
 struct RowBackward {
   using C = Compute<T>;
-  const T *h, *weight, *dout, *dsum;
+  const T *h, *dsum;
+  Numbers<C> weight, dout;  // weight without data: 1 everywhere
+  int64_t dout_row;
   T* dh;
   C *dweight, *dbias;  // null when not wanted
   C mean, rstd;
 };
 
-// g of n numbers, weight may be null
-template <class T, class C = Compute<T>>
-[[gnu::always_inline]] static inline Vec<C> scaled(Vec<C> dout, const T* weight, int64_t i, int n) {
-  return weight ? dout * load_n(weight + i, n) : dout;
+// g of n numbers
+template <class C>
+[[gnu::always_inline]] static inline Vec<C> scaled(Vec<C> dout, Numbers<C> weight, int64_t i,
+                                                   int n) {
+  return weight.data ? dout * weight.load(i, n) : dout;
 }
 
 template <bool centred, class T, class C = Compute<T>>
 static void backward_row(RowBackward<T> row, int64_t D) {
   using V = Vec<C>;
-  const auto [x, weight, dout, dsum, dh, dweight, dbias, mean_, rstd_] = row;
+  const auto [x, dsum, weight, dout, first, dh, dweight, dbias, mean_, rstd_] = row;
   const V mean = V::splat(mean_), rstd = V::splat(rstd_);
 
   C sum[2];  // of g and g xhat
   sum_row(D, sum, [&](int64_t i, int n, V* t) {
     const V xhat = (load_n(x + i, n) - mean) * rstd;
-    t[0] = scaled(load_n(dout + i, n), weight, i, n);
+    t[0] = scaled(dout.load(first + i, n), weight, i, n);
     t[1] = t[0] * xhat;
   });
   const V mean_g = V::splat(centred ? sum[0] / static_cast<C>(D) : C(0));
   const V mean_gx = V::splat(sum[1] / static_cast<C>(D));
 
   each_vector<C>(D, [&](int64_t i, int n) {
-    const V xhat = (load_n(x + i, n) - mean) * rstd, dy = load_n(dout + i, n);
+    const V xhat = (load_n(x + i, n) - mean) * rstd, dy = dout.load(first + i, n);
     V dx = fma(-xhat, mean_gx, scaled(dy, weight, i, n) - mean_g) * rstd;
     if (dsum) dx = dx + load_n(dsum + i, n);
     store_n(dh + i, dx, n);
@@ -196,9 +200,10 @@ static Status backward(const NormBackward& op, int threads) {
     const auto one_row = [&](int64_t row, C* dweight, C* dbias) {
       const RowBackward<T> arguments{
           .h = row_of<const T>(op.h, row),
-          .weight = op.weight.given ? static_cast<const T*>(op.weight.data) : nullptr,
-          .dout = row_of<const T>(op.dout, row),
           .dsum = op.dsum.given ? row_of<const T>(op.dsum, row) : nullptr,
+          .weight = Numbers<C>(op.weight),
+          .dout = Numbers<C>(op.dout),
+          .dout_row = row_offset(op.dout, row),
           .dh = row_of<T>(op.dh, row),
           .dweight = op.dweight.given ? dweight : nullptr,
           .dbias = op.dbias.given ? dbias : nullptr,
@@ -218,8 +223,8 @@ static Status backward(const NormBackward& op, int threads) {
       return;
     }
     sums.run(threads, one_row);
-    if (op.dweight.given) sums.finish(0, static_cast<T*>(op.dweight.data), threads);
-    if (op.dbias.given) sums.finish(1, static_cast<T*>(op.dbias.data), threads);
+    if (op.dweight.given) sums.finish(0, Numbers<C>(op.dweight), threads);
+    if (op.dbias.given) sums.finish(1, Numbers<C>(op.dbias), threads);
   });
   return status;
 }

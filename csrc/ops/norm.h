@@ -2,6 +2,7 @@
 // residual
 //   mean = sum h / D    rstd = 1 / sqrt(var h + eps), var with 1 / D    (rms: sum h^2 / D for var
 //   h)
+// weight and bias may be float32 beside a half x, out half beside a float32 x, as under autocast.
 // x, residual, out, sum [..., D]   weight, bias [D]   mean, rstd [...] stats   sum receives h
 #pragma once
 #include "core/tensor.h"

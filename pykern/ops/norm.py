@@ -1,7 +1,5 @@
 """Layer and root-mean-square normalisation over the last dimension, residual addition included, differentiable."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,11 @@ from pykern.ops._library import _C, below_autograd, define, differentiable, requ
 
 def _like(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _normed(x, half):
+    """The result: of x's dtype or, for a float32 x, of the half dtype."""
+    return x.new_empty(x.shape, dtype=half if half is not None and x.dtype == torch.float32 else x.dtype)
 
 
 def _stat(x):
@@ -25,21 +28,22 @@ def _unit_last(*tensors):
 # ---- layer_norm
 
 
-def _empty_layer_norm(x, weight, bias, residual, eps):
+def _empty_layer_norm(x, weight, bias, residual, eps, half):
     mean = _stat(x)
-    return _like(x), x.new_empty(0) if residual is None else _like(x), mean, torch.empty_like(mean)
+    return _normed(x, half), x.new_empty(0) if residual is None else _like(x), mean, torch.empty_like(mean)
 
 
-def _layer_norm_forward(x, weight, bias, residual, eps):
+def _layer_norm_forward(x, weight, bias, residual, eps, half):
     x, weight, bias, residual = _unit_last(x, weight, bias, residual)
-    out, total, mean, rstd = _empty_layer_norm(x, weight, bias, residual, eps)
+    out, total, mean, rstd = _empty_layer_norm(x, weight, bias, residual, eps, half)
     _C.layer_norm_forward(x, weight, bias, residual, out, None if residual is None else total, mean, rstd, eps=eps)
     return out, total, mean, rstd
 
 
 def _empty_layer_norm_grads(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias):
+    columns = h if weight is None else weight.new_empty(0)  # without a weight there is no bias
     D = h.shape[-1]
-    return _like(h), h.new_empty(D if wants_weight else 0), h.new_empty(D if wants_bias else 0)
+    return _like(h), columns.new_empty(D if wants_weight else 0), columns.new_empty(D if wants_bias else 0)
 
 
 def _layer_norm_backward(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias):
@@ -53,7 +57,7 @@ def _layer_norm_backward(h, weight, mean, rstd, dout, dsum, wants_weight, wants_
 
 
 _layer_norm = define(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps) "
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, ScalarType? half) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _layer_norm_forward,
     _empty_layer_norm,
@@ -68,8 +72,8 @@ _layer_norm_grads = define(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps):
-        out, total, mean, rstd = below_autograd(_layer_norm, x, weight, bias, residual, eps)
+    def forward(ctx, x, weight, bias, residual, eps, half):
+        out, total, mean, rstd = below_autograd(_layer_norm, x, weight, bias, residual, eps, half)
         ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd, *([total] if residual is None else []))
         ctx.set_materialize_grads(False)
@@ -78,7 +82,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dsum, _dmean, _drstd):
         h, weight, mean, rstd = ctx.saved_tensors
-        _, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
+        _, wants_weight, wants_bias, wants_residual, *_ = ctx.needs_input_grad
         dout = torch.zeros_like(h) if dout is None else dout
         dh, dweight, dbias = _layer_norm_grads(h, weight, mean, rstd, dout, dsum, wants_weight, wants_bias)
         return (
@@ -86,6 +90,7 @@ class _LayerNorm(torch.autograd.Function):
             dweight if wants_weight else None,
             dbias if wants_bias else None,
             dh if wants_residual else None,
+            None,
             None,
         )
 
@@ -95,19 +100,19 @@ differentiable(_layer_norm, _LayerNorm)
 # ---- rms_norm
 
 
-def _empty_rms_norm(x, weight, residual, eps):
-    return _like(x), x.new_empty(0) if residual is None else _like(x), _stat(x)
+def _empty_rms_norm(x, weight, residual, eps, half):
+    return _normed(x, half), x.new_empty(0) if residual is None else _like(x), _stat(x)
 
 
-def _rms_norm_forward(x, weight, residual, eps):
+def _rms_norm_forward(x, weight, residual, eps, half):
     x, weight, residual = _unit_last(x, weight, residual)
-    out, total, rstd = _empty_rms_norm(x, weight, residual, eps)
+    out, total, rstd = _empty_rms_norm(x, weight, residual, eps, half)
     _C.rms_norm_forward(x, weight, residual, out, None if residual is None else total, rstd, eps=eps)
     return out, total, rstd
 
 
 def _empty_rms_norm_grads(h, weight, rstd, dout, dsum, wants_weight):
-    return _like(h), h.new_empty(h.shape[-1] if wants_weight else 0)
+    return _like(h), (h if weight is None else weight).new_empty(h.shape[-1] if wants_weight else 0)
 
 
 def _rms_norm_backward(h, weight, rstd, dout, dsum, wants_weight):
@@ -118,7 +123,7 @@ def _rms_norm_backward(h, weight, rstd, dout, dsum, wants_weight):
 
 
 _rms_norm = define(
-    "rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
+    "rms_norm(Tensor x, Tensor? weight, Tensor? residual, float eps, ScalarType? half) -> (Tensor, Tensor, Tensor)",
     _rms_norm_forward,
     _empty_rms_norm,
 )
@@ -132,8 +137,8 @@ _rms_norm_grads = define(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, residual, eps):
-        out, total, rstd = below_autograd(_rms_norm, x, weight, residual, eps)
+    def forward(ctx, x, weight, residual, eps, half):
+        out, total, rstd = below_autograd(_rms_norm, x, weight, residual, eps, half)
         ctx.save_for_backward(x if residual is None else total, weight, rstd)
         ctx.mark_non_differentiable(rstd, *([total] if residual is None else []))
         ctx.set_materialize_grads(False)
@@ -142,10 +147,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dsum, _drstd):
         h, weight, rstd = ctx.saved_tensors
-        _, wants_weight, wants_residual, _ = ctx.needs_input_grad
+        _, wants_weight, wants_residual, *_ = ctx.needs_input_grad
         dout = torch.zeros_like(h) if dout is None else dout
         dh, dweight = _rms_norm_grads(h, weight, rstd, dout, dsum, wants_weight)
-        return dh, dweight if wants_weight else None, dh if wants_residual else None, None
+        return dh, dweight if wants_weight else None, dh if wants_residual else None, None, None
 
 
 differentiable(_rms_norm, _RMSNorm)
@@ -153,13 +158,17 @@ differentiable(_rms_norm, _RMSNorm)
 # ---- public
 
 
-def _one_dtype(x: Tensor, *others: Tensor | None) -> tuple:
-    """Under torch.autocast, where x, residual and the parameters may differ in dtype: all in the widest one."""
-    dtypes = {t.dtype for t in (x, *others) if t is not None}
-    if len(dtypes) < 2 or not torch.is_autocast_enabled(x.device.type):
-        return x, *others
-    widest = functools.reduce(torch.promote_types, dtypes)
-    return tuple(None if t is None else t.to(widest) for t in (x, *others))
+def _autocast(x: Tensor, residual: Tensor | None, *columns: Tensor | None) -> tuple:
+    """Under torch.autocast x and residual in the wider of their dtypes, the dtype of the result of a float32 x, and
+    weight and bias in a dtype that goes with x."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, residual, None, *columns
+    if residual is not None and residual.dtype != x.dtype:
+        widest = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(widest), residual.to(widest)
+    fits = (x.dtype, torch.float32)
+    columns = tuple(t if t is None or t.dtype in fits else t.to(x.dtype) for t in columns)
+    return x, residual, torch.get_autocast_dtype(x.device.type), *columns
 
 
 def layer_norm(
@@ -173,14 +182,15 @@ def layer_norm(
     """(h - mean(h)) / sqrt(var(h) + eps) * weight + bias for x [..., D], weight and bias [D]; h = x + residual.
 
     The mean and the variance (divided by D) are those of the last dimension. With residual [..., D] the result is
-    (normed, h). float32, float64, bfloat16 or float16, one dtype for all; sums are taken in float32 or wider.
-    Under torch.autocast mixed dtypes are taken to the widest of them. Source: Ba, Kiros and Hinton, arXiv 1607.06450.
+    (normed, h). float32, float64, bfloat16 or float16, one dtype for all, but a half x may have float32 weight and
+    bias; sums are taken in float32 or wider. Under torch.autocast a float32 x gives a normed in the autocast dtype, what
+    the next matrix product wants; h keeps x's. Source: Ba, Kiros and Hinton, arXiv 1607.06450.
     TypeError: not tensors, other or mixed dtypes. ValueError: shapes that differ, eps negative or not finite.
     """
     optional = {"weight": weight, "bias": bias, "residual": residual}
     require_tensors("layer_norm", x=x, **{name: t for name, t in optional.items() if t is not None})
-    x, weight, bias, residual = _one_dtype(x, weight, bias, residual)
-    out, h, _, _ = _layer_norm(x, weight, bias, residual, eps)
+    x, residual, half, weight, bias = _autocast(x, residual, weight, bias)
+    out, h, _, _ = _layer_norm(x, weight, bias, residual, eps, half)
     return out if residual is None else (out, h)
 
 
@@ -194,6 +204,6 @@ def rms_norm(
     """
     optional = {"weight": weight, "residual": residual}
     require_tensors("rms_norm", x=x, **{name: t for name, t in optional.items() if t is not None})
-    x, weight, residual = _one_dtype(x, weight, residual)
-    out, h, _ = _rms_norm(x, weight, residual, eps)
+    x, residual, half, weight = _autocast(x, residual, weight)
+    out, h, _ = _rms_norm(x, weight, residual, eps, half)
     return out if residual is None else (out, h)
