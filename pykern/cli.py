@@ -46,6 +46,7 @@ OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "eval_tokens": (int, "most held-out tokens of an evaluation on the way"),
     "checkpoint_every": (int, "steps between checkpoints; 0: at the end only"),
     "seed": (int, "of the initial weights and the order of the batches"),
+    "recompute": (bool, "keep less in memory for the backward pass and compute it again there"),
 }
 USER_ERRORS = (ValueError, IndexError, OSError, ImportError, FloatingPointError, MemoryError)
 
@@ -63,6 +64,9 @@ def flag(name: str) -> str:
 
 def add_flag(group: Any, name: str, kind: Any, text: str, default: Any = None) -> None:
     """An option that is absent from the parsed arguments unless it was given; the default is shown in its help."""
+    if kind is bool:  # --name or --no-name
+        group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
     shown = text if default is None else f"{text} (default {default})"
     choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
     group.add_argument(flag(name), default=argparse.SUPPRESS, help=shown, **choices)

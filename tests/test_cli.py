@@ -105,9 +105,12 @@ def test_every_option_reaches_the_run(folder, tmp_path):
         "eval_tokens": 50,
         "checkpoint_every": 1,
         "seed": 5,
+        "recompute": True,
     }
     assert set(shape) == set(SHAPE) and set(options) == set(OPTIONS) == set(TrainOptions().to_dict())
-    flags = [text for name, value in (shape | options).items() for text in ("--" + name.replace("_", "-"), str(value))]
+    flags = []
+    for name, value in (shape | options).items():
+        flags += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
     tokenizer = ["--tokenizer", "bpe", "--vocab-size", "270", "--untied-head", "--qk-norm"]
     out = tmp_path / "out"
     assert main(["train", "--data", str(folder / "text.txt"), "--out", str(out), *flags, *tokenizer]) == 0

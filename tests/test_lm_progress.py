@@ -147,6 +147,7 @@ def test_plot_with_a_baseline(tmp_path):
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"residual_init": "one"}, "residual_init is 'one'"),
+        ({"recompute": 1}, "recompute is 1 but must be True or False"),
     ],
 )
 def test_option_is_refused(changes, message):

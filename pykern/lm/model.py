@@ -93,6 +93,13 @@ class Transformer(torch.nn.Module):
                 if module.bias is not None:
                     module.bias.zero_()
 
+    def recompute(self, on: bool = True) -> "Transformer":
+        """Whether the blocks keep less for backward and make it again there (pykern.nn.TransformerBlock); the model."""
+        for block in self.modules():
+            if isinstance(block, nn.TransformerBlock):
+                block.recompute = on
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.transformer.wte.weight.device

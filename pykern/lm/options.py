@@ -25,6 +25,8 @@ NUMBERS = {"minutes": 1e9, "lr": 1e9, "final_lr": 1.0, "weight_decay": 1e9, "bet
 class TrainOptions:
     """A run ends after `steps` steps or `minutes` minutes of training, whichever is first; one of them may be None.
 
+    recompute keeps less for backward and makes it again there (pykern.nn.TransformerBlock); all bits stay the same.
+
     The learning rate rises over `warmup` steps to lr, then falls along `schedule` to final_lr * lr at the end.
     Gradients are clipped to the joint norm `clip` (0: not). dtype "bfloat16" keeps float32 master weights in the
     optimizer. Evaluation and checkpoints come every so many steps (0: at the end only); eval_tokens bounds the
@@ -48,6 +50,7 @@ class TrainOptions:
     eval_tokens: int = 100_000
     checkpoint_every: int = 500
     seed: int = 0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -66,6 +69,8 @@ class TrainOptions:
                 raise ValueError(f"train: {name} is {value!r} but must be a number from 0 to {most:g}")
         if self.minutes == 0 or self.beta1 == 1.0 or self.beta2 == 1.0:
             raise ValueError("train: minutes must be above 0, beta1 and beta2 below 1")
+        if not isinstance(self.recompute, bool):
+            raise ValueError(f"train: recompute is {self.recompute!r} but must be True or False")
         for name, choices in {"schedule": SCHEDULES, "dtype": DTYPES, "residual_init": RESIDUAL_INITS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train: {name} is {getattr(self, name)!r} but must be one of {', '.join(choices)}")

@@ -125,6 +125,8 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, options)
         self.step, self.seconds = 0, 0.0
         self._seconds_per_step = math.nan
+        if options.recompute:
+            self.model.recompute()
 
     def _has_checkpoint(self) -> bool:
         try:

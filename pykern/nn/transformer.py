@@ -1,5 +1,6 @@
 """The pre-norm Transformer block: x + attention(norm(x)), then h + mlp(norm(h)). Parameters have GPT-2's names."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from pykern import ops
 from pykern.nn.linear import MLP, Linear
 from pykern.nn.norm import LayerNorm, RMSNorm
+from pykern.nn.recompute import norm_into
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -108,7 +110,8 @@ class TransformerBlock(torch.nn.Module):
     """h = x + attn(ln_1(x));  out = h + mlp(ln_2(h)), for x [B, T, width].
 
     hidden is 4 * width unless given. dropout falls on the attention weights and on what each half adds, as in GPT-2.
-    The keyword arguments of forward are those of SelfAttention.
+    recompute, also an attribute, keeps less for backward: the outputs of ln_1 and ln_2 are made again there. Gradients
+    have the same bits. The keyword arguments of forward are those of SelfAttention.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class TransformerBlock(torch.nn.Module):
         causal: bool = True,
         qk_norm: bool = False,
         dropout: float = 0.0,
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -135,11 +139,16 @@ class TransformerBlock(torch.nn.Module):
         )
         self.ln_2 = make_norm(norm, width, bias, **place)
         self.mlp = MLP(width, 4 * width if hidden is None else hidden, activation, bias, **place)
-        self.dropout = dropout
+        self.dropout, self.recompute = dropout, recompute
+
+    def through(self, norm: torch.nn.Module, x: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """part(norm(x))."""
+        return norm_into(norm, x, part) if self.recompute else part(norm(x))
 
     def forward(self, x: Tensor, **attention) -> Tensor:
         if self.dropout and self.training:
-            x = x + torch.nn.functional.dropout(self.attn(self.ln_1(x), **attention), self.dropout)
-            return x + torch.nn.functional.dropout(self.mlp(self.ln_2(x)), self.dropout)
-        h = self.attn(self.ln_1(x), x, **attention)
-        return self.mlp(self.ln_2(h), h)
+            added = self.through(self.ln_1, x, lambda y: self.attn(y, **attention))
+            x = x + torch.nn.functional.dropout(added, self.dropout)
+            return x + torch.nn.functional.dropout(self.through(self.ln_2, x, self.mlp), self.dropout)
+        h = self.through(self.ln_1, x, lambda y: self.attn(y, x, **attention))
+        return self.through(self.ln_2, h, lambda y: self.mlp(y, h))
