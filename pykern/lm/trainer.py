@@ -119,10 +119,15 @@ class Trainer:
         if len(data.val) < 2:
             raise ValueError(f"train: the held-out text has {len(data.val)} tokens but evaluation needs at least 2")
         self.batches = Batches(data.train, config.block_size, options.batch_size, options.seed)
+        given = {name: p.detach() for name, p in model.named_parameters()}
         self.model = model.to(DTYPES[options.dtype]).train()
         self.data, self.options, self.out = data, options, Path(out)
         self.report = Silent() if report is None else report
         self.optimizer = make_optimizer(self.model, options)
+        for name, p in self.model.named_parameters():
+            state = self.optimizer.prepare(p)
+            if "master" in state:  # starts as the weight that was given, not as its bfloat16 copy
+                state["master"].copy_(given[name])
         self.step, self.seconds = 0, 0.0
         self._seconds_per_step = math.nan
 
@@ -156,10 +161,10 @@ class Trainer:
             Transformer.from_checkpoint(loaded), data, state.options if options is None else options, out, report
         )
         trainer.step, trainer.seconds = state.step, state.seconds
-        trainer._restore_optimizer(loaded.tensors, loaded.state_tensors or {})
+        trainer._restore_moments(loaded.state_tensors or {})
         return trainer
 
-    def _restore_optimizer(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def _restore_moments(self, moments: dict[str, Tensor]) -> None:
         for name, p in self.model.named_parameters():
             state = self.optimizer.prepare(p)
             state["step"] = self.step
@@ -168,8 +173,6 @@ class Trainer:
                 if saved is None or saved.shape != p.shape or saved.dtype != state[key].dtype:
                     raise ValueError(f"{self.out}: the training state has no usable {key} of {name}")
                 state[key].copy_(saved)
-            if "master" in state:
-                state["master"].copy_(weights[name])
 
     @property
     def fraction(self) -> float:
