@@ -42,6 +42,7 @@ OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "clip": (float, "largest norm of the gradient; 0: any"),
     "residual_init": (("scaled", "zero"), "initial weights of what feeds the residual stream"),
     "dtype": (("float32", "bfloat16"), "of weights and activations"),
+    "autocast": (bool, "with --dtype bfloat16: float32 weights, matrix products in bfloat16"),
     "eval_every": (int, "steps between evaluations; 0: at the end only"),
     "eval_tokens": (int, "most held-out tokens of an evaluation on the way"),
     "checkpoint_every": (int, "steps between checkpoints; 0: at the end only"),
@@ -63,6 +64,9 @@ def flag(name: str) -> str:
 
 def add_flag(group: Any, name: str, kind: Any, text: str, default: Any = None) -> None:
     """An option that is absent from the parsed arguments unless it was given; the default is shown in its help."""
+    if kind is bool:  # --name or --no-name
+        group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
     shown = text if default is None else f"{text} (default {default})"
     choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
     group.add_argument(flag(name), default=argparse.SUPPRESS, help=shown, **choices)
