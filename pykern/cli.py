@@ -42,6 +42,7 @@ OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "clip": (float, "largest norm of the gradient; 0: any"),
     "residual_init": (("scaled", "zero"), "initial weights of what feeds the residual stream"),
     "dtype": (("float32", "bfloat16"), "of weights and activations"),
+    "autocast": (bool, "with --dtype bfloat16: float32 weights, matrix products in bfloat16"),
     "eval_every": (int, "steps between evaluations; 0: at the end only"),
     "eval_tokens": (int, "most held-out tokens of an evaluation on the way"),
     "checkpoint_every": (int, "steps between checkpoints; 0: at the end only"),

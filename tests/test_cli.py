@@ -101,6 +101,7 @@ def test_every_option_reaches_the_run(folder, tmp_path):
         "clip": 0.5,
         "residual_init": "zero",
         "dtype": "bfloat16",
+        "autocast": True,
         "eval_every": 1,
         "eval_tokens": 50,
         "checkpoint_every": 1,
@@ -134,6 +135,20 @@ def test_resume_goes_on(folder, tmp_path, capsys):
     for flag, value in (("--n-layer", "2"), ("--tokenizer", "bpe"), ("--vocab-size", "300")):
         assert main(["train", "--out", str(parts), "--resume", flag, value]) == 1
         assert f"{flag} is fixed by the checkpoint" in capsys.readouterr().err
+
+
+def test_resume_switches_autocast_off_and_on(folder, tmp_path, capsys):
+    data, out = str(folder / "text.txt"), tmp_path / "out"
+    assert main(["train", "--data", data, "--out", str(out), "--steps", "2", "--dtype", "bfloat16", *SMALL]) == 0
+    for steps, flags, autocast in ((3, ["--autocast"], True), (4, [], True), (5, ["--no-autocast"], False)):
+        assert main(["train", "--out", str(out), "--resume", "--steps", str(steps), *flags]) == 0
+        options = json.loads((out / "training.json").read_text())["options"]
+        assert (options["dtype"], options["autocast"], options["steps"]) == ("bfloat16", autocast, steps)
+    capsys.readouterr()
+    before = listing(out)
+    assert main(["train", "--out", str(out), "--resume", "--autocast", "--dtype", "float32"]) == 1
+    assert "autocast computes in bfloat16 but dtype is 'float32'" in capsys.readouterr().err
+    assert listing(out) == before
 
 
 def test_ctrl_c_finishes_the_step_and_exits_130(folder, tmp_path):
@@ -300,6 +315,7 @@ BAD_COMMAND_LINES = {
     "abbreviated option": (["train", "--data", "{text}", "--out", "{out}", "--step", "3"], "--step"),
     "not a number": (["train", "--data", "{text}", "--out", "{out}", "--steps", "many"], "--steps: invalid int value"),
     "not a choice": (["train", "--data", "{text}", "--out", "{out}", "--norm", "batchnorm"], "'batchnorm'"),
+    "autocast with a value": (["train", "--data", "{text}", "--out", "{out}", "--autocast=bfloat16"], "--autocast"),
     "no --out": (["train", "--data", "{text}"], "--out"),
     "no --model": (["generate"], "--model"),
     "unknown tokenize action": (["tokenize", "swallow"], "'swallow'"),
@@ -315,6 +331,10 @@ BAD_VALUES = {
     ),
     "no steps": (["train", "--data", "{text}", "--out", "{out}", "--steps", "0"], "steps is 0"),
     "nan": (["train", "--data", "{text}", "--out", "{out}", "--lr", "nan"], "lr is nan"),
+    "autocast in float32": (
+        ["train", "--data", "{text}", "--out", "{out}", "--autocast"],
+        "autocast computes in bfloat16 but dtype is 'float32': choose dtype bfloat16",
+    ),
     "width": (
         ["train", "--data", "{text}", "--out", "{out}", "--n-embd", "30"],
         "n_embd 30 is not a multiple of n_head 4",

@@ -105,11 +105,14 @@ def test_thread_count_changes_nothing(tmp_path):
         assert_same(weights(trainers[0]), weights(other))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stop", [1, 5, 8])
-def test_resume_is_exact(stop, dtype, tmp_path):
+WAYS = {"float32": {}, "masters": {"dtype": "bfloat16"}, "autocast": {"dtype": "bfloat16", "autocast": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("stop", [0, 1, 5, 8])
+def test_resume_is_exact(stop, way, tmp_path):
     """Stopped after any step and resumed, the losses and the final weights are those of a run that went through."""
-    options = changed(dtype=dtype)
+    options = changed(**WAYS[way])
     whole = make_trainer(tmp_path / "whole", options, dropout=0.1)
     whole.run()
     torch.manual_seed(99)  # the state of torch's own random stream must not matter

@@ -28,9 +28,9 @@ class TrainOptions:
     recompute keeps less for backward and makes it again there (pykern.nn.TransformerBlock); all bits stay the same.
 
     The learning rate rises over `warmup` steps to lr, then falls along `schedule` to final_lr * lr at the end.
-    Gradients are clipped to the joint norm `clip` (0: not). dtype "bfloat16" keeps float32 master weights in the
-    optimizer. Evaluation and checkpoints come every so many steps (0: at the end only); eval_tokens bounds the
-    evaluations on the way.
+    Gradients are clipped to the joint norm `clip` (0: not). dtype "bfloat16" trains bfloat16 weights, with float32
+    masters in the optimizer; with autocast the weights are float32 and torch.autocast computes in bfloat16. Evaluation
+    and checkpoints come every so many steps (0: at the end only); eval_tokens bounds the evaluations on the way.
     """
 
     steps: int | None = 1500
@@ -46,6 +46,7 @@ class TrainOptions:
     clip: float = 1.0
     residual_init: str = "scaled"
     dtype: str = "float32"
+    autocast: bool = False
     eval_every: int = 250
     eval_tokens: int = 100_000
     checkpoint_every: int = 500
@@ -74,6 +75,10 @@ class TrainOptions:
         for name, choices in {"schedule": SCHEDULES, "dtype": DTYPES, "residual_init": RESIDUAL_INITS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train: {name} is {getattr(self, name)!r} but must be one of {', '.join(choices)}")
+        if not isinstance(self.autocast, bool):
+            raise ValueError(f"train: autocast is {self.autocast!r} but must be True or False")
+        if self.autocast and self.dtype == "float32":
+            raise ValueError("train: autocast computes in bfloat16 but dtype is 'float32': choose dtype bfloat16")
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run lies behind, 0 to 1, after so many steps and seconds of training."""

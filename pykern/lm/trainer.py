@@ -119,10 +119,15 @@ class Trainer:
         if len(data.val) < 2:
             raise ValueError(f"train: the held-out text has {len(data.val)} tokens but evaluation needs at least 2")
         self.batches = Batches(data.train, config.block_size, options.batch_size, options.seed)
-        self.model = model.to(DTYPES[options.dtype]).train()
+        given = {name: p.detach() for name, p in model.named_parameters()}
+        self.model = model.to(torch.float32 if options.autocast else DTYPES[options.dtype]).train()
         self.data, self.options, self.out = data, options, Path(out)
         self.report = Silent() if report is None else report
         self.optimizer = make_optimizer(self.model, options)
+        for name, p in self.model.named_parameters():
+            state = self.optimizer.prepare(p)
+            if "master" in state:  # starts as the weight that was given, not as its bfloat16 copy
+                state["master"].copy_(given[name])
         self.step, self.seconds = 0, 0.0
         self._seconds_per_step = math.nan
         if options.recompute:
@@ -158,10 +163,10 @@ class Trainer:
             Transformer.from_checkpoint(loaded), data, state.options if options is None else options, out, report
         )
         trainer.step, trainer.seconds = state.step, state.seconds
-        trainer._restore_optimizer(loaded.tensors, loaded.state_tensors or {})
+        trainer._restore_moments(loaded.state_tensors or {})
         return trainer
 
-    def _restore_optimizer(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def _restore_moments(self, moments: dict[str, Tensor]) -> None:
         for name, p in self.model.named_parameters():
             state = self.optimizer.prepare(p)
             state["step"] = self.step
@@ -170,8 +175,6 @@ class Trainer:
                 if saved is None or saved.shape != p.shape or saved.dtype != state[key].dtype:
                     raise ValueError(f"{self.out}: the training state has no usable {key} of {name}")
                 state[key].copy_(saved)
-            if "master" in state:
-                state["master"].copy_(weights[name])
 
     @property
     def fraction(self) -> float:
@@ -206,11 +209,15 @@ class Trainer:
             "grad_norm": math.nan if norm is None else float(norm),
         }
 
+    def _autocast(self) -> torch.autocast:
+        """What options.autocast says, whatever the caller's own autocast: a run depends on its options alone."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.options.autocast)
+
     def _loss(self, x: Tensor, y: Tensor) -> Tensor:
-        if not self.model.config.dropout:
-            return self.model(x, y)
-        with torch.random.fork_rng(devices=[]):  # what is dropped follows from seed and step, so that resuming is exact
-            torch.manual_seed((self.options.seed * 1_000_003 + self.step) % 2**63)
+        dropout = bool(self.model.config.dropout)
+        with self._autocast(), torch.random.fork_rng(devices=[], enabled=dropout):
+            if dropout:  # what is dropped follows from seed and step, so that resuming is exact
+                torch.manual_seed((self.options.seed * 1_000_003 + self.step) % 2**63)
             return self.model(x, y)
 
     def evaluate(self, tokens: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
@@ -223,12 +230,13 @@ class Trainer:
         val = self.data.val if tokens is None else self.data.val[: tokens + 1]
         size = self.options.batch_size
         try:
-            return evaluate(self.model, val, self.data.tokenizer, batch_size=size, each_batch=check)
+            with self._autocast():
+                return evaluate(self.model, val, self.data.tokenizer, batch_size=size, each_batch=check)
         except Interrupted:
             return None
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters in float32: the optimizer's master weights where there are some."""
+        """The parameters in float32: the optimizer's master weights where there are some, as in pure bfloat16."""
         state = self.optimizer.state
         return {name: state.get(p, {}).get("master", p).detach() for name, p in self.model.named_parameters()}
 
