@@ -4,6 +4,8 @@
 in front of it, used only when some input requires grad. The function's forward calls `below_autograd(op, ...)`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -111,12 +113,17 @@ def unit_last(x: Tensor) -> Tensor:
 _MAPPED = 32 << 20  # bytes: glibc takes larger blocks from the system each time, so each page of them faults
 
 
-def empty_packed_like(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor like x, on huge pages where it is large."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def empty_packed(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised contiguous tensor of this shape, else like the given one; on huge pages where it is large."""
+    out = like.new_empty(shape)
     if out.device.type == "cpu" and out.nbytes > _MAPPED:
         _C.huge_pages(out)
     return out
+
+
+def empty_packed_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like x, on huge pages where it is large."""
+    return empty_packed(x, x.shape)
 
 
 def autocast(op: str, *tensors: Tensor | None) -> tuple:
@@ -129,3 +136,17 @@ def autocast(op: str, *tensors: Tensor | None) -> tuple:
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def mixed_autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """Under torch.autocast x in the autocast dtype, the others in it or in float32; float64 and otherwise unchanged."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, *others
+    dtype = torch.get_autocast_dtype(kind)
+    stay = (dtype, torch.float32, torch.float64)
+
+    def cast(t: Tensor | None, stay: tuple[torch.dtype, ...]):
+        return t if t is None or not t.is_floating_point() or t.dtype in stay else t.to(dtype)
+
+    return cast(x, (dtype, torch.float64)), *(cast(t, stay) for t in others)
