@@ -260,7 +260,7 @@ def test_the_bits_of_two_linear_layers(activation, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_bits_of_a_gate_and_three_linear_layers(dtype):
-    """In half precision gate and up are not rounded before they are multiplied, so there the composition differs."""
+    """In half precision up is multiplied before it is rounded, so there the composition differs."""
     for M, K, H, N in ((1, 33, 20, 7), (9, 20, CHUNK + 5, 40), (70, 100, 65, 33)):
         t, _ = inputs(M, K, H, N, gated=True, dtype=dtype)
         gate, up = (pykern.linear(t["x"], t[f"{name}_weight"], t[f"{name}_bias"]) for name in ("gate", "up"))

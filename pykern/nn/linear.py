@@ -72,8 +72,8 @@ class MLP(torch.nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         up, gate, down = self.c_fc, self.c_gate, self.c_proj
         if not all(_untouched(layer) for layer in (up, gate, down) if layer is not None):
-            h = up(x) if gate is None else ops.swiglu(gate(x), up(x))
-            return down(h, residual)
+            out = down(up(x) if gate is None else ops.swiglu(gate(x), up(x)))
+            return out if residual is None else out + residual
         return ops.mlp(
             *(x, up.weight, down.weight, up.bias, down.bias),
             gate_weight=None if gate is None else gate.weight,

@@ -183,7 +183,7 @@ def mlp(
     if activation not in _ACTIVATIONS:
         raise ValueError(f"mlp: activation is {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
     if gate_bias is not None and gate_weight is None:
-        raise ValueError("mlp: gate_bias needs gate_weight")
+        raise ValueError("mlp: gate_bias is given without gate_weight")
     _check_shapes(x, up_weight, down_weight=down_weight, **optional)
     tensors = mixed_autocast(x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual)
     return _mlp(*tensors, activation, False)[0]
