@@ -40,9 +40,7 @@ def _gradients(empty, inputs, wanted):
     return tuple(empty(t, t.shape) if w else inputs[0].new_empty(0) for t, w in zip(inputs, wanted, strict=True))
 
 
-def _forward(
-    x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual, activation: str, keep: bool
-):
+def _forward(x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual, activation, keep):
     out, up, gate = _outputs(empty_packed, x, up_weight, gate_weight, down_weight, residual, keep)
     rows = _rows(x)
     _C.mlp_forward(
@@ -57,14 +55,12 @@ def _forward(
     return out, up, gate
 
 
-def _forward_fake(
-    x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual, activation: str, keep: bool
-):
+def _forward_fake(x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual, activation, keep):
     return _outputs(Tensor.new_empty, x, up_weight, gate_weight, down_weight, residual, keep)
 
 
 def _backward(
-    x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, up, gate, dout, activation: str, wanted
+    x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, up, gate, dout, activation, wanted
 ):
     inputs = (x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     gradients = _gradients(empty_packed, inputs, wanted)
@@ -84,7 +80,7 @@ def _backward(
 
 
 def _backward_fake(
-    x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, up, gate, dout, activation: str, wanted
+    x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, up, gate, dout, activation, wanted
 ):
     inputs = (x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
     return _gradients(Tensor.new_empty, inputs, wanted)
