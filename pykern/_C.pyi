@@ -171,6 +171,47 @@ def linear_backward(
 ) -> None:
     """Gradients not wanted are None. pre is needed unless activation is "none"."""
 
+# ---- mlp: out = h down_weight^T + down_bias + residual,  up = x up_weight^T + up_bias,
+#      h = activation(up), or with a gate, gate = x gate_weight^T + gate_bias,  h = activation(gate) up
+def mlp_forward(
+    x: Array,
+    up_weight: Array,
+    up_bias: Array | None,
+    gate_weight: Array | None,
+    gate_bias: Array | None,
+    down_weight: Array,
+    down_bias: Array | None,
+    residual: Array | None,
+    out: Array,
+    up: Array | None,
+    gate: Array | None,
+    *,
+    activation: Activation,
+) -> None:
+    """x [...,K]  up_weight, gate_weight [H,K]  down_weight [N,H]  residual, out [...,N]; up, gate [...,H] are written
+    for the backward pass unless None. Beside a bfloat16 or float16 x, weights, biases and residual may be float32;
+    out has residual's dtype, else x's."""
+
+def mlp_backward(
+    x: Array,
+    up_weight: Array,
+    gate_weight: Array | None,
+    down_weight: Array,
+    up: Array,
+    gate: Array | None,
+    dout: Array,
+    dx: Array | None,
+    dup_weight: Array | None,
+    dup_bias: Array | None,
+    dgate_weight: Array | None,
+    dgate_bias: Array | None,
+    ddown_weight: Array | None,
+    ddown_bias: Array | None,
+    *,
+    activation: Activation,
+) -> None:
+    """Gradients not wanted are None. dout has out's dtype, dx x's, a weight's gradient that of the weight."""
+
 # ---- norm
 def layer_norm_forward(
     x: Array,

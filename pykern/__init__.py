@@ -33,6 +33,7 @@ _NAMES |= dict.fromkeys(
         "linear",
         "linear_cross_entropy",
         "merge_attention",
+        "mlp",
         "relu",
         "rms_norm",
         "rope",

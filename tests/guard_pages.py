@@ -148,15 +148,44 @@ def unseen(dtype):
                 assert_bitwise(x, y, name=name)
 
 
+def dtypes_beside(dtype):
+    """Of weights, biases and residual beside an x of dtype."""
+    return (dtype, torch.float32) if dtype in (torch.bfloat16, torch.float16) else (dtype,)
+
+
 def linear(dtype):
     for M, N, K in [(1, 1, 1), (13, 33, 17), (5, 7, 129), (25, 65, 31), (3, 100, 1030), (200, 5, 3)]:
-        inputs = dict(x=draw(M, K), weight=draw(N, K, seed=1), bias=draw(N, seed=2), residual=draw(M, N, seed=3))
-        inputs = {n: x.to(dtype) for n, x in inputs.items()}
-        outputs = dict(out=torch.zeros(M, N, dtype=dtype), pre=torch.zeros(M, N, dtype=dtype))
-        run("linear", lambda **a: _C.linear_forward(*a.values(), activation="gelu"), inputs, outputs)
-        saved = dict(x=inputs["x"], weight=inputs["weight"], pre=inputs["residual"], dout=inputs["residual"].neg())
-        gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in ("x", "weight", "bias")}
-        run("linear_backward", lambda **a: _C.linear_backward(*a.values(), activation="gelu"), saved, gradients)
+        for wide in dtypes_beside(dtype):
+            inputs = dict(x=draw(M, K), weight=draw(N, K, seed=1), bias=draw(N, seed=2), residual=draw(M, N, seed=3))
+            inputs = {n: x.to(dtype if n == "x" else wide) for n, x in inputs.items()}
+            outputs = dict(out=torch.zeros(M, N, dtype=wide), pre=torch.zeros(M, N, dtype=dtype))
+            run("linear", lambda **a: _C.linear_forward(*a.values(), activation="gelu"), inputs, outputs)
+            pre, dout = inputs["residual"].to(dtype), inputs["residual"].neg()
+            saved = dict(x=inputs["x"], weight=inputs["weight"], pre=pre, dout=dout)
+            gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in ("x", "weight", "bias")}
+            run("linear_backward", lambda **a: _C.linear_backward(*a.values(), activation="gelu"), saved, gradients)
+
+
+def mlp(dtype):
+    names = ("x", "up_weight", "up_bias", "gate_weight", "gate_bias", "down_weight", "down_bias", "residual")
+    for M, K, H, N in [
+        (1, 1, 1, 1),
+        (13, 17, 33, 5),
+        (5, 129, 7, 31),
+        (25, 31, 65, 3),
+        (3, 9, 1030, 7),
+        (200, 3, 5, 2),
+    ]:
+        shapes = dict(zip(names, ((M, K), (H, K), (H,), (H, K), (H,), (N, H), (N,), (M, N)), strict=True))
+        for wide in dtypes_beside(dtype):
+            inputs = {n: draw(*s, seed=i).to(wide if n != "x" else dtype) for i, (n, s) in enumerate(shapes.items())}
+            kept = {n: torch.zeros(M, H, dtype=dtype) for n in ("up", "gate")}
+            outputs = dict(out=torch.zeros(M, N, dtype=wide)) | kept
+            run("mlp", lambda **a: _C.mlp_forward(*a.values(), activation="gelu"), inputs, outputs)
+            saved = {n: inputs[n] for n in ("x", "up_weight", "gate_weight", "down_weight")}
+            saved |= {n: draw(M, H, seed=i).to(dtype) for i, n in enumerate(kept)} | dict(dout=inputs["residual"])
+            gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in names[:-1]}
+            run("mlp_backward", lambda **a: _C.mlp_backward(*a.values(), activation="gelu"), saved, gradients)
 
 
 def decode(dtype):

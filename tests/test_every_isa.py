@@ -11,7 +11,8 @@ from pykern import _C
 
 ROOT = Path(__file__).parent.parent
 ROOMS = sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.cpp") if path.stem != "check")
-FILES = sorted({path.name for room in ROOMS for path in (ROOT / "tests").glob(f"test_{room}*.py")} | {"test_memory.py"})
+FILES = sorted({path.name for room in ROOMS for path in (ROOT / "tests").glob(f"test_{room}*.py")})
+FILES += ["test_memory.py", "test_mixed_dtypes.py"]
 OTHER_ISAS = [isa for isa, here in _C.isas() if here and isa != _C.isa()]
 EXAMPLES = "5"  # of each property: the main run has tried more, on the same algorithm
 

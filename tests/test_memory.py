@@ -1,5 +1,6 @@
-"""Where the kernels of attention, linear, decode and linear_cross_entropy read and write: nowhere outside the arrays,
-and at the right place when strides exceed 2^31 elements.
+"""Where the kernels of attention, linear, mlp, decode and linear_cross_entropy read and write.
+
+Nowhere outside the arrays, and at the right place when strides exceed 2^31 elements.
 """
 
 import math
@@ -28,7 +29,9 @@ def guard_pages(case):
     return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=300)
 
 
-@pytest.mark.parametrize("op", ["attention", "attention_options", "unseen", "linear", "decode", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "op", ["attention", "attention_options", "unseen", "linear", "mlp", "decode", "linear_cross_entropy"]
+)
 def test_no_byte_outside_the_arrays(op):
     run = guard_pages(op)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -139,6 +142,21 @@ def test_linear_with_strides_beyond_2_to_31(dtype):
     saved = dict(x=arguments["x"], weight=arguments["weight"], pre=made["pre"], dout=arguments["residual"])
     gradients = {f"d{name}": torch.zeros_like(arguments[name]) for name in ("x", "weight", "bias")}
     check_far(_C.linear_backward, saved, gradients, activation="gelu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mlp_with_strides_beyond_2_to_31(dtype):
+    """In float32, and in half precision beside float32 weights."""
+    shapes = dict(x=(3, 5), up_weight=(4, 5), up_bias=(4,), gate_weight=(4, 5), gate_bias=(4,))
+    shapes |= dict(down_weight=(6, 4), down_bias=(6,), residual=(3, 6))
+    arguments = {name: draw(*shape, seed=i).float() for i, (name, shape) in enumerate(shapes.items())}
+    arguments["x"] = arguments["x"].to(dtype)
+    out = dict(out=torch.zeros(3, 6), up=torch.zeros(3, 4, dtype=dtype), gate=torch.zeros(3, 4, dtype=dtype))
+    made = check_far(_C.mlp_forward, arguments, out, activation="silu")
+    saved = {name: arguments[name] for name in ("x", "up_weight", "gate_weight", "down_weight")}
+    saved |= dict(up=made["up"], gate=made["gate"], dout=arguments["residual"])
+    gradients = {f"d{name}": torch.zeros_like(arguments[name]) for name in [*shapes][:-1]}
+    check_far(_C.mlp_backward, saved, gradients, activation="silu")
 
 
 def test_decode_with_strides_beyond_2_to_31():

@@ -305,6 +305,7 @@ def test_modules_run_on_pykern_alone(name, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "multi_head_attention_forward", refuse)
     for function in (
         "linear",
+        "mlp",
         "attention",
         "layer_norm",
         "rms_norm",

@@ -66,7 +66,9 @@ FORMULA = replace(GELU, pykern=GELU.reference)
 
 def test_every_public_op_has_a_ratio():
     listed = {case.op.split()[0].removesuffix("_tanh") for case in CASES}
-    expected = "relu sigmoid silu gelu swiglu linear layer_norm rms_norm softmax rope attention attention_with_kvcache"
+    expected = (
+        "relu sigmoid silu gelu swiglu linear mlp layer_norm rms_norm softmax rope attention attention_with_kvcache"
+    )
     assert listed == {*expected.split(), "embedding", "cross_entropy", "linear_cross_entropy", "adamw"}
 
 
@@ -141,6 +143,21 @@ def test_references_agree_with_torch():
         "linear relu": (
             reference.linear(x, draw(3, 12, seed=2), b[:3], activation="relu", residual=x[:, :3]),
             F.relu(F.linear(x, draw(3, 12, seed=2), b[:3])) + x[:, :3],
+        ),
+        "mlp": (
+            reference.mlp(x, draw(4, 12, seed=2), draw(3, 4, seed=3), b[:4], b[4:7], residual=x[:, :3]),
+            F.linear(F.gelu(F.linear(x, draw(4, 12, seed=2), b[:4]), approximate="tanh"), draw(3, 4, seed=3), b[4:7])
+            + x[:, :3],
+        ),
+        "mlp with a gate": (
+            reference.mlp(
+                *(x, draw(4, 12, seed=2), draw(3, 4, seed=3), b[:4]),
+                gate_weight=draw(4, 12, seed=4),
+                gate_bias=b[4:8],
+                activation="silu",
+            ),
+            (F.silu(F.linear(x, draw(4, 12, seed=4), b[4:8])) * F.linear(x, draw(4, 12, seed=2), b[:4]))
+            @ draw(3, 4, seed=3).T,
         ),
     }
     target = torch.tensor([1, 11, -100, 0, 5])

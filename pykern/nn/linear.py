@@ -38,10 +38,17 @@ class Linear(torch.nn.Linear):
         return super().extra_repr() + (f", activation={self.activation!r}" if self.activation else "")
 
 
+def _untouched(layer: torch.nn.Module) -> bool:
+    """Whether calling this layer does nothing but ops.linear: it was not replaced and nobody hooks into it."""
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer).forward is Linear.forward and "forward" not in vars(layer) and not any(hooks)
+
+
 class MLP(torch.nn.Module):
     """c_proj(activation(c_fc(x))) + residual for x [..., width]; parameters have GPT-2's names.
 
-    activation "swiglu" is c_proj(silu(c_gate(x)) * c_fc(x)); the others are those of Linear.
+    activation "swiglu" is c_proj(silu(c_gate(x)) * c_fc(x)); the others are those of Linear. One op, ops.mlp, unless
+    a layer has hooks (pruning, weight norm) or was replaced: then each layer is called.
     """
 
     def __init__(
@@ -63,8 +70,17 @@ class MLP(torch.nn.Module):
         self.c_proj = Linear(hidden, width, bias, device, dtype)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        h = self.c_fc(x) if self.c_gate is None else ops.swiglu(self.c_gate(x), self.c_fc(x))
-        return self.c_proj(h, residual)
+        up, gate, down = self.c_fc, self.c_gate, self.c_proj
+        if not all(_untouched(layer) for layer in (up, gate, down) if layer is not None):
+            out = down(up(x) if gate is None else ops.swiglu(gate(x), up(x)))
+            return out if residual is None else out + residual
+        return ops.mlp(
+            *(x, up.weight, down.weight, up.bias, down.bias),
+            gate_weight=None if gate is None else gate.weight,
+            gate_bias=None if gate is None else gate.bias,
+            activation=self.activation if gate is None else "silu",
+            residual=residual,
+        )
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

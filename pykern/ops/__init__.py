@@ -19,6 +19,7 @@ from pykern.ops.flash_attn_kvcache import flash_attn_with_kvcache
 from pykern.ops.linear import linear
 from pykern.ops.linear_cross_entropy import linear_cross_entropy
 from pykern.ops.merge_attention import merge_attention
+from pykern.ops.mlp import mlp
 from pykern.ops.norm import layer_norm, rms_norm
 from pykern.ops.rope import rope
 from pykern.ops.sdpa import scaled_dot_product_attention
@@ -43,6 +44,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "merge_attention",
+    "mlp",
     "relu",
     "rms_norm",
     "rope",

@@ -124,6 +124,11 @@ def empty_packed(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dty
     return out
 
 
+def empty_packed_like(x: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor like x, on huge pages where it is large."""
+    return empty_packed(x, x.shape)
+
+
 def autocast(op: str, *tensors: Tensor | None) -> tuple:
     """Under torch.autocast, floating tensors in the autocast dtype; otherwise unchanged."""
     present = next(t for t in tensors if t is not None)
@@ -136,18 +141,18 @@ def autocast(op: str, *tensors: Tensor | None) -> tuple:
     )
 
 
-def autocast_operands(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> tuple:
-    """Under torch.autocast x in the autocast dtype; the others as they are if float32 or of that dtype, else cast.
+def mixed_autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """Under torch.autocast x in the autocast dtype, the others in it or in float32; float64 and otherwise unchanged.
 
     The kernels round a float32 weight while they read it and write its gradient in float32: no copies.
     """
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        return x, weight, bias, residual
+        return x, *others
     dtype = torch.get_autocast_dtype(kind)
-    if x.dtype == torch.float64 or not x.is_floating_point() or dtype not in (torch.bfloat16, torch.float16):
-        return autocast("", x, weight, bias, residual)
-    return x.to(dtype), *(
-        t if t is None or t.dtype in (torch.float32, torch.float64, dtype) else t.to(dtype)
-        for t in (weight, bias, residual)
-    )
+    stay = (dtype, torch.float32, torch.float64)
+
+    def cast(t: Tensor | None, stay: tuple[torch.dtype, ...]):
+        return t if t is None or not t.is_floating_point() or t.dtype in stay else t.to(dtype)
+
+    return cast(x, (dtype, torch.float64)), *(cast(t, stay) for t in others)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    autocast_operands,
+    mixed_autocast,
     below_autograd,
     define,
     differentiable,
@@ -148,5 +148,5 @@ def linear(
         raise ValueError(
             f"linear: residual has shape {list(residual.shape)}, expected {[*x.shape[:-1], weight.shape[0]]}"
         )
-    x, weight, bias, residual = autocast_operands(x, weight, bias, residual)
+    x, weight, bias, residual = mixed_autocast(x, weight, bias, residual)
     return _linear(x, weight, bias, residual, kind, False)[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    autocast_operands,
+    mixed_autocast,
     below_autograd,
     define,
     differentiable,
@@ -165,5 +165,5 @@ def linear_cross_entropy(
             f"linear_cross_entropy: target must have the shape of x without its last dimension, "
             f"got x {list(x.shape)}, target {list(target.shape)}"
         )
-    x, weight, bias, _ = autocast_operands(x, weight, bias)
+    x, weight, bias = mixed_autocast(x, weight, bias)
     return _head(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, [False, False, False])[0]

@@ -82,6 +82,34 @@ LINEAR = [
     ),
 ]
 
+
+def _mlp_inputs(M, K, H, N, gated):
+    inputs = dict(x=_draw(M, K), up_weight=_draw(H, K, spread=K**-0.5), down_weight=_draw(N, H, spread=H**-0.5))
+    inputs |= dict(up_bias=_draw(H, spread=0.3), down_bias=_draw(N, spread=0.3))
+    if gated:
+        inputs |= dict(gate_weight=_draw(H, K, spread=K**-0.5), gate_bias=_draw(H, spread=0.3))
+    return inputs | dict(residual=_draw(M, N))
+
+
+def _mlp_of_torch(x, up_weight, down_weight, up_bias, down_bias, residual, gate_weight=None, gate_bias=None):
+    """The products by F.linear, GPT-2's MLP without a gate, Llama's with one."""
+    up = F.linear(x, up_weight, up_bias)
+    gated = gate_weight is not None
+    h = F.silu(F.linear(x, gate_weight, gate_bias)) * up if gated else F.gelu(up, approximate="tanh")
+    return F.linear(h, down_weight, down_bias) + residual
+
+
+MLP = [
+    _case(
+        name,
+        _mlp_inputs(70, 192, 300, 130, gated),
+        lambda activation=activation, **tensors: pykern.mlp(**tensors, activation=activation),
+        lambda activation=activation, **tensors: in_own_dtype(reference.mlp)(**tensors, activation=activation),
+        lambda **tensors: _mlp_of_torch(**tensors),
+    )
+    for name, activation, gated in (("mlp gelu_tanh", "gelu_tanh", False), ("mlp swiglu", "silu", True))
+]
+
 NORM = [
     _case(
         "layer_norm",
@@ -364,6 +392,7 @@ ADAMW = [
 CASES = [
     *ACTIVATION,
     *LINEAR,
+    *MLP,
     *NORM,
     *SOFTMAX,
     *ROPE,

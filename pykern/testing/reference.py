@@ -92,6 +92,28 @@ def linear(
 
 
 @in_float64
+def mlp(
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    activation: str = "gelu_tanh",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """h down_weight^T + down_bias + residual, h = f(up) or f(gate) up, both linear in x [...,K]."""
+    up = linear.__wrapped__(x, up_weight, up_bias)
+    if gate_weight is None:
+        h = ACTIVATIONS[activation](up)
+    else:
+        h = ACTIVATIONS[activation](linear.__wrapped__(x, gate_weight, gate_bias)) * up
+    return linear.__wrapped__(h, down_weight, down_bias, residual=residual)
+
+
+@in_float64
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5, *, residual: Tensor | None = None
 ) -> Tensor:
