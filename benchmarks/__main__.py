@@ -1,4 +1,4 @@
-"""python -m benchmarks [--only NAME] [--threads N] [--quick] [--json FILE]"""
+"""python -m benchmarks [--only NAME] [--threads N] [--quick] [--compile-all] [--json FILE]"""
 
 import argparse
 import importlib
@@ -10,7 +10,7 @@ import torch
 import pykern
 from benchmarks import report, roofline
 
-BENCHES = ("attention", "linear", "norm", "cross_entropy", "decode", "train")
+BENCHES = ("attention", "linear", "mlp", "norm", "cross_entropy", "adamw", "decode", "train")
 SECONDS, QUICK_SECONDS = 2.0, 0.01  # for each contestant of a case
 BUSY = 0.5  # load average above which a warning is printed
 
@@ -24,6 +24,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--threads", type=int, default=pykern.get_num_threads(), help="of torch and pykern (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="small shapes, few samples: does everything run?")
+    parser.add_argument(
+        "--compile-all", action="store_true", help="torch.compile in every training step, also the long and quick ones"
+    )
     parser.add_argument("--seconds", type=float, help=f"for each contestant of a case (default: {SECONDS:g})")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here as well")
     options = parser.parse_args(argv)
@@ -61,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             continue
         module = importlib.import_module(f"benchmarks.bench_{bench}")
         print(f"\n{bench}: {module.__doc__.splitlines()[0]}\n{report.HEAD}")
-        for case in module.cases(options.quick):
+        choices = {"compile_all": options.compile_all} if bench == "train" else {}
+        for case in module.cases(options.quick, **choices):
             found = report.run(bench, case, roofs[-1], seconds)
             rows += found
             for i, row in enumerate(found):

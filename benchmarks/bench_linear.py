@@ -10,8 +10,9 @@ from benchmarks.report import OURS, Case, numbers, with_gradients
 from benchmarks.timing import in_turn
 
 SHAPES = [  # M, K, N
-    *((1024, 768, 3072), (1024, 3072, 768), (1024, 768, 768), (256, 768, 3072), (64, 768, 3072)),
-    *((4096, 768, 50257), (256, 768, 50257), (16384, 384, 1536), (2048, 512, 2048)),
+    *((M, 768, N) for M in (256, 512, 1024, 2048, 4096) for N in (768, 3072)),
+    *((1024, 3072, 768), (1024, 768, 50257)),
+    *((64, 768, 3072), (16384, 384, 1536), (2048, 512, 2048)),
 ]
 QUICK_SHAPES = [(64, 128, 256)]
 ROWS = (1, 4, 8, 16, 32)  # a decode step of so many texts

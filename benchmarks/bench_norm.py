@@ -10,6 +10,7 @@ from benchmarks.report import OURS, Case, numbers, with_gradients
 
 SHAPES = [(1024, 768), (16384, 512)]  # rows, D: in cache, and out of it
 QUICK_SHAPES = [(64, 128)]
+WIDE = {"gelu_tanh": [(1024, 3072)]}  # what is between the two layers of an MLP
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -68,7 +69,7 @@ OPS = {
 
 def cases(quick: bool) -> Iterator[Case]:
     for name, (make_inputs, forward, both, ours, theirs) in OPS.items():
-        for M, D in QUICK_SHAPES if quick else SHAPES:
+        for M, D in QUICK_SHAPES if quick else [*SHAPES, *WIDE.get(name, [])]:
             for dtype in DTYPES:
                 for backward in (False, True):
                     yield Case(

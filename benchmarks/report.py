@@ -4,13 +4,13 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import pykern
-from benchmarks.roofline import Roof, short
+from benchmarks.roofline import Roof, short, size_text
 from benchmarks.timing import interleave
 from pykern import _C
 
@@ -24,6 +24,7 @@ class Case:
     flops and moved (bytes) are counted from the shapes: every input read once, every output written once, neither what
     causal hides nor what is computed twice. flops 0: not worth counting beside the bytes. build() makes the inputs and
     returns a function per contestant, "pykern" first. working_set is what a run cycles through, if more than moved.
+    memory(functions) measures bytes per contestant, by name; the table shows the first of them.
     """
 
     name: str
@@ -32,11 +33,15 @@ class Case:
     moved: float
     build: Callable[[], dict[str, Callable[[], object]]]
     working_set: float = 0.0
+    memory: Callable[[dict[str, Callable[[], object]]], dict[str, dict[str, int]]] | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a contestant reached. roof: the least possible time over its time. ratio: its time over pykern's."""
+    """What a contestant reached. roof: the least possible time over its time. ratio: its time over pykern's.
+
+    memory: bytes by what they are, empty where they are not measured.
+    """
 
     bench: str
     case: str
@@ -50,6 +55,7 @@ class Row:
     samples: int
     roof: float
     ratio: float
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -68,6 +74,7 @@ def run(bench: str, case: Case, roof: Roof, seconds: float) -> list[Row]:
     """Times the contestants of a case for about `seconds` each."""
     functions = case.build()
     timings = interleave(functions, seconds)
+    memory = case.memory(functions) if case.memory else {}
     least = roof.seconds(case.dtype, case.flops, case.moved, case.working_set or case.moved)
     return [
         Row(
@@ -83,6 +90,7 @@ def run(bench: str, case: Case, roof: Roof, seconds: float) -> list[Row]:
             len(timings.seconds[who]),
             least / timings.median(who),
             timings.ratio(who, OURS),
+            memory.get(who, {}),
         )
         for who in functions
     ]
@@ -106,6 +114,7 @@ COLUMNS = {
     "roof": 6,
     "x pykern": 10,
     "spread": 8,
+    "memory": 10,
 }
 
 
@@ -123,7 +132,8 @@ def line(row: Row, first: bool) -> str:
     flops = f"{row.flops / row.seconds / 1e9:.1f}" if row.flops else "-"
     rates = [flops, f"{row.moved / row.seconds / 1e9:.1f}", f"{100 * row.roof:.0f}%"]
     who = [row.case, row.dtype, row.who] if first else ["", "", row.who]
-    return _aligned([*who, time_text(row.seconds), *rates, f"{row.ratio:.2f}", f"{100 * row.spread:.0f}%"])
+    memory = size_text(next(iter(row.memory.values()))) if row.memory else "-"
+    return _aligned([*who, time_text(row.seconds), *rates, f"{row.ratio:.2f}", f"{100 * row.spread:.0f}%", memory])
 
 
 def _processor() -> str:

@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_cross_entropy, bench_decode, bench_linear, bench_norm, models, report
+from benchmarks import (
+    bench_adamw,
+    bench_attention,
+    bench_cross_entropy,
+    bench_decode,
+    bench_linear,
+    bench_mlp,
+    bench_norm,
+    bench_train,
+    models,
+    report,
+)
 from benchmarks.__main__ import BENCHES
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.roofline import Roof, size_text
@@ -120,7 +131,10 @@ def test_texts():
         "25%",
         "1.50",
         "1%",
+        "-",
     ]
+    measured = report.Row("norm", "x", "float32", 1, 2e9, 1e9, "torch", 0.5, 0.01, 9, 0.25, 1.5, {"a": 3 << 20, "b": 7})
+    assert report.line(measured, first=True).split()[-2:] == ["3", "MiB"]
     assert len(report.line(row, first=False)) == len(report.HEAD)
 
 
@@ -134,6 +148,25 @@ def test_attention_counts():
 def test_linear_counts():
     assert bench_linear.flops(2, 3, 5, backward=False) == 60 and bench_linear.flops(2, 3, 5, backward=True) == 180
     assert bench_linear.moved(2, 3, 5, 4, backward=False) == 4 * (6 + 15 + 5 + 10)
+
+
+def test_mlp_counts():
+    assert bench_mlp.flops(2, 3, 5, "gelu_tanh", backward=False) == 2 * 2 * 2 * 3 * 5
+    assert bench_mlp.flops(2, 3, 5, "swiglu", backward=True) == 3 * 3 * 2 * 2 * 3 * 5
+    assert bench_mlp.moved(2, 3, 5, "gelu_tanh", 4, backward=False) == 4 * (2 * 2 * 3 + 15 + 5 + 15 + 3)
+    assert bench_mlp.moved(2, 3, 5, "swiglu", 2, backward=True) == 3 * 2 * (2 * 2 * 3 + 2 * (15 + 5) + 15 + 3)
+
+
+def test_adamw_counts():
+    """28 as in docs/adamw.md; a master is read and written, its copy written; clipping reads the gradient again."""
+    assert bench_adamw.parameter_bytes(torch.float32, clip=False) == bench_train.ADAMW_BYTES == 28
+    assert bench_adamw.parameter_bytes(torch.float32, clip=True) == 32
+    assert bench_adamw.parameter_bytes(torch.bfloat16, clip=False) == 28
+    assert bench_adamw.parameter_bytes(torch.bfloat16, clip=True) == 30
+    params = bench_adamw.parameters(models.TINY, torch.float32)
+    assert sum(p.numel() for p in params) == models.TINY.parameters
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in params])).item()
+    assert norm == pytest.approx(bench_adamw.GRADIENT_NORM, rel=0.05) and norm > 5 * bench_adamw.MAX_NORM
 
 
 def test_model_counts():
@@ -158,7 +191,7 @@ def test_a_plain_step_is_a_row_of_the_plain_forward_pass():
 
 
 def _comparable():
-    for module in (bench_attention, bench_linear, bench_norm, bench_cross_entropy):
+    for module in (bench_attention, bench_linear, bench_mlp, bench_norm, bench_cross_entropy, bench_adamw):
         yield from module.cases(quick=True)
     yield from bench_decode.attention_cases(bench_decode.QUICK_SHAPES)
 
@@ -169,7 +202,8 @@ def test_all_contestants_of_a_case_compute_the_same():
     for case in _comparable():
         results = {who: function() for who, function in case.build().items()}
         ours = results.pop(report.OURS)
-        assert results and (case.name, case.dtype) not in names
+        assert bool(results) != ("masters" in case.name)  # of which torch has none
+        assert (case.name, case.dtype) not in names
         names.add((case.name, case.dtype))
         if "dropout" in case.name:  # each draws a mask of its own
             continue
@@ -197,6 +231,14 @@ def test_a_quick_run(tmp_path):
     for row in found["results"]:
         assert row["seconds"] > 0 and row["moved"] > 0 and row["roof"] > 0 and row["samples"] >= LEAST_ROUNDS
         assert row["who"] != report.OURS or row["ratio"] == 1.0
+        kinds = ()
+        if row["bench"] == "train":
+            kinds = ("activations",)
+        elif row["case"].startswith("head") and row["case"].endswith("+backward") and row["dtype"] == "float32":
+            kinds = ("extra", "forward", "backward", "results")  # the first three are near 0: see test_benchmarks_train
+        assert tuple(row["memory"]) == kinds and all(
+            row["memory"][k] > 0 for k in kinds if k in ("activations", "results")
+        )
     assert all(rate > 0 for rate in found["roofline"][0]["flops"].values())
     assert [r["threads"] for r in found["roofline"]] == [1]
     assert len(list(tmp_path.iterdir())) == 1
