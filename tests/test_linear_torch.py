@@ -62,17 +62,17 @@ def test_checkpointing_recomputes_the_same():
 
 
 def test_autocast():
-    """As torch's own: in the autocast dtype, gradients in that of the parameters; float64 is left alone."""
+    """x in the autocast dtype, the weight rounded by the kernel, bias and residual as they are; float64 left alone."""
     tensors, dout = inputs(6, 5, 4, residual=True, dtype=torch.float32)
-    halves = apply({name: x.bfloat16() for name, x in tensors.items()}, dout.bfloat16())
+    mixed = dict(tensors, x=tensors["x"].bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = apply(tensors, dout)
         assert pykern.linear(tensors["x"].double(), tensors["weight"].double()).dtype == torch.float64
-        mixed = pykern.linear(tensors["x"].bfloat16(), tensors["weight"], tensors["bias"])
-    assert_bitwise(mixed, pykern.linear(*(tensors[n].bfloat16() for n in ("x", "weight", "bias"))))
-    for name, x in cast.items():
-        assert x.dtype == (torch.bfloat16 if name == "out" else torch.float32)
-        assert_bitwise(x, halves[name].to(x.dtype), name=name)
+        plain = pykern.linear(tensors["x"], tensors["weight"])
+    for name, x in apply(mixed, dout).items():
+        assert cast[name].dtype == torch.float32
+        assert_bitwise(cast[name], x.to(torch.float32), name=name)
+    assert_bitwise(plain, pykern.linear(mixed["x"], tensors["weight"].bfloat16()), name="without bias and residual")
 
 
 # ---- refusals

@@ -237,10 +237,11 @@ def test_strided_output_is_written_and_nothing_else():
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, residual):
     tensors = inputs(op, 3, 5, dtype=torch.float32, residual=residual)
-    arguments = [tensors[n] for n in ("x", "weight", "bias") if n in tensors] + [tensors.get("residual"), 1e-5]
+    arguments = [tensors[n] for n in ("x", "weight", "bias") if n in tensors] + [tensors.get("residual"), 1e-5, None]
     for grad in (False, True):
         arguments = [a.clone().requires_grad_(grad) if isinstance(a, torch.Tensor) else a for a in arguments]
-        torch.library.opcheck(getattr(torch.ops.pykern, op).default, tuple(arguments))
+        for half in (None, torch.bfloat16):
+            torch.library.opcheck(getattr(torch.ops.pykern, op).default, (*arguments[:-1], half))
 
 
 @pytest.mark.one_isa
@@ -274,15 +275,45 @@ def test_checkpointing_recomputes_the_same():
 
 
 @pytest.mark.one_isa
-def test_autocast_keeps_one_dtype_and_widens_mixed_ones():
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_autocast_rounds_the_result_once(op, half):
+    """A float32 x gives a half result, without a copy of x; sums, statistics and the sum with the residual stay."""
+    tensors = inputs(op, 5, 37, dtype=torch.float32, residual=True)
+    wide, wide_total = call(op, **tensors)
+    with torch.autocast("cpu", dtype=half):
+        out, total = call(op, **tensors)
+    assert out.dtype == half and total.dtype == torch.float32
+    assert_bitwise(out, wide.to(half), name="out")
+    assert_bitwise(total, wide_total, name="sum")
+
+
+def test_autocast_with_mixed_arguments():
     x, weight = draw(4, 9, dtype=torch.bfloat16), draw(9, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert pykern.rms_norm(x, weight.bfloat16()).dtype == torch.bfloat16
-        assert pykern.rms_norm(x.float(), weight).dtype == torch.float32
         mixed = pykern.rms_norm(x, weight)
-        _, h = pykern.rms_norm(x, residual=x.float())
-    assert_bitwise(mixed, pykern.rms_norm(x.float(), weight))
-    assert h.dtype == torch.float32
+        wide_x = pykern.rms_norm(x.float(), weight.bfloat16())
+        normed, h = pykern.rms_norm(x, residual=x.float())
+    exact = pykern.rms_norm(x.float(), weight)
+    assert_bitwise(mixed, exact.bfloat16(), name="half x, float32 weight")
+    assert_bitwise(wide_x, pykern.rms_norm(x.float(), weight.bfloat16().float()).bfloat16(), name="half weight")
+    assert h.dtype == torch.float32 and normed.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_a_half_result_beside_float32(op):
+    """dout is half; dh, dweight and dbias are those of the same dout in float32, bit for bit."""
+    tensors = inputs(op, 20, 37, dtype=torch.float32)
+    dout = draw(20, 37, dtype=torch.bfloat16, seed=7)
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = call(op, **leaves)
+    mixed = torch.autograd.grad(out, list(leaves.values()), dout)
+    wide = torch.autograd.grad(call(op, **leaves), list(leaves.values()), dout.float())
+    for name, a, b in zip(leaves, mixed, wide, strict=True):
+        assert a.dtype == torch.float32
+        assert_bitwise(a, b, name=f"d{name}")
 
 
 @pytest.mark.one_isa

@@ -20,21 +20,27 @@ static Status forward(const MlpForward& op, int threads) {
       residual(op.residual), out(op.out);
 
   Status status = Status::ok;
-  if (gated)  // h = f(gate)
+  // gate is where it is kept, else where h will be
+  T* const own_gate = op.gate.given ? nullptr : h;
+  const auto gate_at = [&](int64_t row, int64_t column) {
+    return own_gate ? own_gate + row * H + column : row_of<T>(op.gate, row) + column;
+  };
+  if (gated)
     status = gemm<T>(M, H, K, Matrix<T>(op.x), Matrix<T>(op.gate_weight).transposed(), threads,
                      [&](int64_t row, int64_t column, Vec<C> y, int n) {
                        if (op.gate_bias.given) y = y + gate_bias.load(column, n);
-                       if (op.gate.given) store_n(row_of<T>(op.gate, row) + column, y, n);
-                       store_n(h + row * H + column, activate_any(op.activation, y), n);
+                       store_n(gate_at(row, column), y, n);
                      });
   if (status == Status::ok)  // h = f(up), or f(gate) up
-    status = gemm<T>(M, H, K, Matrix<T>(op.x), Matrix<T>(op.up_weight).transposed(), threads,
-                     [&](int64_t row, int64_t column, Vec<C> y, int n) {
-                       if (op.up_bias.given) y = y + up_bias.load(column, n);
-                       if (op.up.given) store_n(row_of<T>(op.up, row) + column, y, n);
-                       T* to = h + row * H + column;
-                       store_n(to, gated ? load_n(to, n) * y : activate_any(op.activation, y), n);
-                     });
+    status = gemm<T>(
+        M, H, K, Matrix<T>(op.x), Matrix<T>(op.up_weight).transposed(), threads,
+        [&](int64_t row, int64_t column, Vec<C> y, int n) {
+          if (op.up_bias.given) y = y + up_bias.load(column, n);
+          if (op.up.given) store_n(row_of<T>(op.up, row) + column, y, n);
+          y = gated ? activate_any(op.activation, load_n(gate_at(row, column), n)) * y
+                    : activate_any(op.activation, y);
+          store_n(h + row * H + column, y, n);
+        });
   if (status == Status::ok)
     status = gemm<T>(M, N, H, {h, H, 1}, Matrix<T>(op.down_weight).transposed(), threads,
                      [&](int64_t row, int64_t column, Vec<C> y, int n) {
@@ -91,10 +97,8 @@ static Status backward(const MlpBackward& op, int threads) {
                               return;
                             }
                             const V gate = load_n(row_of<T>(op.gate, row) + column, n);
-                            T numbers[V::lanes];  // f(gate) as forward rounded it
-                            store(numbers, activate_any(op.activation, gate));
-                            const V f = load(numbers);
-                            store_n(h + i, f * up, n);
+                            const V f = activate_any(op.activation, gate);
+        store_n(h + i, f * up, n);
                             store_n(dup + i, dh * f, n);
                             store_n(dgate + i, dh * up * derivative_any(op.activation, gate), n);
                           });

@@ -5,11 +5,11 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    mixed_autocast,
     below_autograd,
     define,
     differentiable,
     empty_packed,
+    mixed_autocast,
     optional_tensors,
     require_tensors,
     unit_last,
@@ -130,7 +130,8 @@ def linear(
 
     x float32, float64, bfloat16 or float16 (sums in float32), the others in its dtype; a half x may have float32 weight
     and bias, and a float32 residual makes out float32. Under torch.autocast x is cast, float32 weights and residuals
-    are not: the kernel rounds the weight while it reads it. activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid". The bits of a row do not
+    are not: the kernel rounds the weight while it reads it. Sums are float32 or wider.
+    activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid". The bits of a row do not
     depend on the number of rows or threads. Rows whose strides do not nest are copied first.
     TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, activation.
     """

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    mixed_autocast,
     below_autograd,
     define,
     differentiable,
     empty_packed,
+    mixed_autocast,
     optional_tensors,
     passes_dispatcher,
     require_tensors,
