@@ -2,9 +2,10 @@
 //
 // Along k, sums run over chunks of kChunk<T> units, which are then added in order: the order
 // depends on K alone, so a row's bits depend on nothing but the row. How the work is cut is free:
-//   blocked      a task packs a block of columns of B into its own cache and walks the strips of A,
-//                which are read where they lie, or packed once in strips of kTileRows rows
-//   transposed   few rows of A: C^T = B^T A^T, so that the large B is the one read where it lies
+//   blocked      A is packed once, in strips of kTileRows rows; a task packs a block of columns of
+//   B
+//                into its own cache and walks the strips
+//   transposed   not many rows of A: C^T = B^T A^T, the strips of B^T read where they lie
 //   few rows     B^T streams through the registers once, transposed on the way
 #include "cpu/gemm.h"
 
@@ -16,11 +17,12 @@ namespace {
 constexpr int64_t kBlockBytes = 400 << 10;  // packed columns of one task: under half of a 1 MiB L2
 constexpr int64_t kPackedBytes = 8 << 20;   // packed rows of A at a time: they stay in the L3
 constexpr int64_t kPartialBytes = 64 << 20;
+constexpr int64_t kPackedStrips = 8;      // of A, packed by one task
 constexpr int64_t kTransposedRows = 192;  // at this many rows packing B costs 5 %
 
 // Units of k at a time: a panel of B of that depth takes a tenth of the L2.
 template <class T>
-constexpr int64_t kDepth = kPaired<T> ? 2 * kChunk<T> : 6 * kChunk<T>;
+constexpr int64_t kDepth = kPaired<T> ? 3 * kChunk<T> : 12 * kChunk<T>;
 
 // The rows of A as the tile reads them: unit u of row i is data[i * row + u * unit].
 template <class C>
@@ -29,12 +31,13 @@ struct TileRows {
   int64_t row, unit;
 };
 
-// out [R][kTileColumns] = or, to continue a sum, += the products of count units.
-template <class T, int R>
+// out [R][kTileColumns], of which NV vectors, = or, to continue a sum, += the products of count
+// units.
+template <class T, int R, int NV = kTileVectors>
 [[gnu::noinline]] static void gemm_tile(int64_t count, TileRows<Compute<T>> a, const Compute<T>* b,
                                         Compute<T>* out, bool add) {
   using V = Vec<Compute<T>>;
-  constexpr int NV = kTileVectors, W = kTileColumns<T>;
+  constexpr int W = kTileColumns<T>;
   for (int64_t u = 0; u == 0 || u < count; u += kChunk<T>) {
     const int64_t n = count - u < kChunk<T> ? count - u : kChunk<T>;
     V sum[R][NV] = {};
@@ -94,12 +97,12 @@ struct Cut {
 };
 
 template <class T>
-static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, int threads,
-                      const TileSink& sink) {
+static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, bool read_in_place,
+                      int threads, const TileSink& sink) {
   using C = Compute<T>;
   constexpr int R = kTileRows, W = kTileColumns<T>;
   const Cut<T> cut(M, N, K, threads);
-  const bool whole = cut.count == cut.depth, read_in_place = in_place(A, K);
+  const bool whole = cut.count == cut.depth;
   const int64_t column_blocks = (cut.panels + cut.block - 1) / cut.block;
   // More row blocks only where columns are few, and no more than let a packed panel serve 16
   // strips.
@@ -126,10 +129,9 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
       more = !last;
       for (int t = 0; t < threads; ++t) *last_block.template at<int64_t>(t) = -1;
       if (!read_in_place)
-        parallel_rows(strips, 4, threads, [&](int64_t first, int64_t end, int) {
-          for (int64_t s = first; s < end; ++s)
-            pack_rows<T>(packed_a.template at<C>() + s * cut.strip_size, R,
-                         A.from(row0 + s * R, k0), rows - s * R, k);
+        parallel_rows(strips, kPackedStrips, threads, [&](int64_t first, int64_t end, int) {
+          pack_strips<T>(packed_a.template at<C>() + first * cut.strip_size, R, end - first,
+                         cut.strip_size, A.from(row0 + first * R, k0), rows - first * R, k);
         });
       parallel_for(column_blocks * row_blocks, threads, [&](int64_t task, int thread) {
         const int64_t column_block = task / row_blocks;
@@ -139,9 +141,8 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
         C* b = packed_b.template at<C>(thread);
         int64_t* packed = last_block.template at<int64_t>(thread);
         if (*packed != column_block)
-          for (int64_t p = first_panel; p < last_panel; ++p)
-            pack_rows<T>(b + (p - first_panel) * cut.panel_size, W, B.transposed().from(p * W, k0),
-                         N - p * W, k);
+          pack_strips<T>(b, W, last_panel - first_panel, cut.panel_size,
+                         B.transposed().from(first_panel * W, k0), N - first_panel * W, k);
         *packed = column_block;
         const int64_t first_strip = task % row_blocks * strips_per_task;
         for (int64_t s = first_strip; s < first_strip + strips_per_task && s < strips; ++s) {
@@ -154,8 +155,11 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
             C* tile = whole ? partial.template at<C>(thread)
                             : partial.template at<C>() + (s * cut.panels + p) * R * W;
             const C* panel = b + (p - first_panel) * cut.panel_size;
-            with_rows(height,
-                      [&](auto n) { gemm_tile<T, n.value>(depth, a, panel, tile, u0 > 0); });
+            if (height == R && N - p * W <= Vec<C>::lanes)
+              gemm_tile<T, R, 1>(depth, a, panel, tile, u0 > 0);
+            else
+              with_rows(height,
+                        [&](auto n) { gemm_tile<T, n.value>(depth, a, panel, tile, u0 > 0); });
             if (last) sink(row, height, p * W, N - p * W < W ? N - p * W : W, tile, W);
           }
         }
@@ -198,9 +202,10 @@ static Status multiply_as(int64_t M, int64_t N, int64_t K, Operand a, Operand b,
   if (M < kTransposedRows && M < N && in_place(B.transposed(), K)) {
     using Sink = Transposing<Compute<T>>;
     const Sink transposing{sink};
-    return blocked<T>(N, M, K, B.transposed(), A.transposed(), threads, {Sink::take, &transposing});
+    return blocked<T>(N, M, K, B.transposed(), A.transposed(), true, threads,
+                      {Sink::take, &transposing});
   }
-  return blocked<T>(M, N, K, A, B, threads, sink);
+  return blocked<T>(M, N, K, A, B, false, threads, sink);
 }
 
 }  // namespace

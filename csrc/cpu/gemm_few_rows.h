@@ -10,20 +10,37 @@
 PYKERN_BEGIN_ISA
 namespace {
 
-constexpr int kFewRows = kTileRows < 8 ? kTileRows : 8;
+constexpr int kFewRows = kTileRows;
 
-// Packs the first width rows of A, or as many as there are, k numbers each.
+// Packs strips of width rows of A each, strip_size numbers apart; of A, rows are left, k numbers
+// each.
+template <class T, class S>
+static void pack_strips_of(Compute<T>* out, int width, int64_t strips, int64_t strip_size,
+                           Lanes<S> from, int64_t rows, int64_t k) {
+  if (from.lane == 1 && from.step != 1) {
+    pack_copies<T, S>(out, width, strips, strip_size, from,
+                      rows < strips * width ? rows : strips * width, rows, k);
+    return;
+  }
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t left = rows - s * width;
+    pack<T, S>(out + s * strip_size, width,
+               {from.data + s * width * from.lane, from.lane, from.step},
+               left < width ? static_cast<int>(left) : width, left, k);
+  }
+}
 template <class T>
-static void pack_rows(Compute<T>* out, int width, Matrix<T> A, int64_t rows, int64_t k) {
-  const int valid = rows < width ? static_cast<int>(rows) : width;
+static void pack_strips(Compute<T>* out, int width, int64_t strips, int64_t strip_size, Matrix<T> A,
+                        int64_t rows, int64_t k) {
   if constexpr (sizeof(T) < sizeof(float)) {
     if (A.wide) {
-      pack<T, float>(out, width, {static_cast<const float*>(A.data), A.row, A.column}, valid, rows,
-                     k);
+      pack_strips_of<T, float>(out, width, strips, strip_size,
+                               {static_cast<const float*>(A.data), A.row, A.column}, rows, k);
       return;
     }
   }
-  pack<T>(out, width, {static_cast<const T*>(A.data), A.row, A.column}, valid, rows, k);
+  pack_strips_of<T, T>(out, width, strips, strip_size,
+                       {static_cast<const T*>(A.data), A.row, A.column}, rows, k);
 }
 
 // total[m] = the products of row m of a, packed as a strip, with each of `lanes` rows, K numbers
@@ -55,7 +72,7 @@ template <class T, class S, int M>
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
       if (i == n) break;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int m = 0; m < M; ++m)
         sum[m] = multiply_add<T>(sum[m], V::splat(a[(u + i) * kTileRows + m]), square[i]);
     }
@@ -83,7 +100,7 @@ static Status few_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B
   const Scratch packed((units<T>(K) * kTileRows + V::lanes) * sizeof(C));
   if (!packed.ok()) return Status::out_of_memory;
   const C* a = packed.template at<C>();
-  pack_rows<T>(packed.template at<C>(), kTileRows, A, M, K);
+  pack_strips<T>(packed.template at<C>(), kTileRows, 1, 0, A, M, K);
   const int64_t blocks = (N + V::lanes - 1) / V::lanes;
   const int64_t grain = (blocks + 8 * threads - 1) / (8 * threads);
   parallel_rows(blocks, grain, threads, [&](int64_t first, int64_t last, int) {

@@ -93,6 +93,36 @@ static inline Vec<Compute<T>> load_lanes(const S* p, const S* next, int64_t n) {
   }
 }
 
+// Packs strips of width lanes, strip_size numbers apart, from lanes that lie side by side: unit by
+// unit for all strips, so that memory is read in long runs. Of each vector of lanes as pack() says.
+template <class T, class S>
+static void pack_copies(Compute<T>* out, int width, int64_t strips, int64_t strip_size,
+                        Lanes<S> from, int64_t valid, int64_t available, int64_t k) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int L = V::lanes;
+  const int64_t count = units<T>(k);
+  for (int64_t u = 0; u < count; ++u) {
+    const S* p = from.data + u * kUnit<T> * from.step;
+    const S* next = u * kUnit<T> + 1 < k ? p + from.step : nullptr;
+    for (int64_t s = 0; s < strips; ++s) {
+      C* to = out + s * strip_size + u * width;
+      for (int i = 0; i < width; i += L) {
+        const int64_t first = s * width + i;
+        V v = first < valid
+                  ? load_lanes<T, S>(p + first, next ? next + first : nullptr, available - first)
+                  : V::zero();
+        if (first < valid && valid - first < L)
+          v = select(lanes_of<C>((uint64_t{1} << (valid - first)) - 1, 0), v, V::zero());
+        if (i == 0 || i + L <= width)  // surplus lanes: the next unit overwrites them
+          store(to + i, v);
+        else  // here they would overwrite lanes that are written already
+          store(to + i, v, width - i);
+      }
+    }
+  }
+}
+
 // Packs lanes 0..valid-1 of width, k numbers each. available >= valid lanes may be read. Whole
 // vectors are stored, so up to one vector behind out[units * width] is overwritten.
 template <class T, class S = T>
@@ -122,23 +152,8 @@ static void pack(Compute<T>* out, int width, Lanes<S> from, int valid, int64_t a
         }
       }
     }
-  } else if (from.lane == 1) {  // copy
-    for (int64_t u = 0; u < count; ++u) {
-      const S* p = from.data + u * kUnit<T> * from.step;
-      const S* next = u * kUnit<T> + 1 < k ? p + from.step : nullptr;
-      for (int first = 0; first < width; first += L) {
-        V v = first < valid
-                  ? load_lanes<T, S>(p + first, next ? next + first : nullptr, available - first)
-                  : V::zero();
-        if (valid - first < L && first < valid) {
-          C lanes[L];
-          store(lanes, v);
-          for (int i = valid - first; i < L; ++i) lanes[i] = C(0);
-          v = load(lanes);
-        }
-        store(out + u * width + first, v);
-      }
-    }
+  } else if (from.lane == 1) {
+    pack_copies<T, S>(out, width, 1, 0, from, valid, available, k);
   } else {  // strided both ways
     for (int64_t u = 0; u < count; ++u)
       for (int i = 0; i < width; ++i) {
