@@ -212,17 +212,18 @@ def decode(dtype):
 def linear_cross_entropy(dtype):
     options = dict(ignore_index=-100, label_smoothing=0.1, z_loss=0.01)
     for M, V, K in [(1, 1, 1), (13, 33, 17), (5, 1030, 31), (3, 2049, 7)]:
-        inputs = dict(x=draw(M, K), weight=draw(V, K, seed=1), bias=draw(V, seed=2))
-        inputs = {n: x.to(dtype) for n, x in inputs.items()}
-        inputs["target"] = torch.arange(M) * 7919 % V
-        outputs = dict(loss=torch.zeros(M, dtype=stat(dtype)), lse=torch.zeros(M, dtype=torch.float64))
-        forward = lambda **a: _C.linear_cross_entropy_forward(*a.values(), **options)  # noqa: E731
-        run("linear_cross_entropy", forward, inputs, outputs)
-        forward(**inputs, **outputs)
-        saved = inputs | dict(lse=outputs["lse"], dloss=draw(M).to(stat(dtype)))
-        gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in ("x", "weight", "bias")}
-        backward = lambda **a: _C.linear_cross_entropy_backward(*a.values(), **options)  # noqa: E731
-        run("linear_cross_entropy_backward", backward, saved, gradients)
+        for wide in dtypes_beside(dtype):
+            inputs = dict(x=draw(M, K).to(dtype), weight=draw(V, K, seed=1).to(wide), bias=draw(V, seed=2).to(wide))
+            inputs["target"] = torch.arange(M) * 7919 % V
+            given = inputs | dict(dloss=draw(M).to(stat(dtype)))
+            outputs = dict(loss=torch.zeros(M, dtype=stat(dtype)))
+            gradients = {f"d{n}": torch.zeros_like(inputs[n]) for n in ("x", "weight", "bias")}
+
+            def head(x, weight, bias, target, loss=None, dloss=None, dx=None, dweight=None, dbias=None):
+                _C.linear_cross_entropy(x, weight, bias, target, loss, dloss, dx, dweight, dbias, **options)
+
+            run("linear_cross_entropy", head, inputs, outputs)
+            run("linear_cross_entropy with gradients", head, given, outputs | gradients)
 
 
 def broken(dtype):

@@ -130,9 +130,17 @@ def test_the_default_activation_is_gelu_tanh():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_height_of_a_strip(dtype):
-    for M in range(1, TILE_ROWS + 2):
-        compare(*inputs(M, 5 + M, 7 + M, 3 + M, gated=M % 2 == 0, dtype=dtype, seed=M), name=f"M={M}")
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_every_height_of_a_strip(gated, dtype):
+    """m rows are, to the bit, the first of more rows whose other gradients are 0."""
+    M = TILE_ROWS + 1
+    tensors, dout = inputs(M, 17, 19, 15, gated=gated, dtype=dtype)
+    compare(tensors, dout)
+    for m in range(1, M):
+        few = apply(tensors | {name: tensors[name][:m] for name in ("x", "residual")}, dout[:m])
+        all_rows = apply(tensors, torch.cat([dout[:m], torch.zeros_like(dout[m:])]))
+        for name, x in few.items():
+            assert_bitwise(x, all_rows[name][:m] if name in ("out", "dx", "dresidual") else all_rows[name], name=name)
 
 
 def test_leading_dimensions():
@@ -259,12 +267,20 @@ def test_the_bits_of_two_linear_layers(activation, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_bits_of_a_gate_and_three_linear_layers(dtype):
-    """In half precision up is multiplied before it is rounded, so there the composition differs."""
+    """In half precision up is multiplied before it is rounded, and silu(gate) too, so there the composition differs."""
     for M, K, H, N in ((1, 33, 20, 7), (9, 20, CHUNK + 5, 40), (70, 100, 65, 33)):
         t, _ = inputs(M, K, H, N, gated=True, dtype=dtype)
         gate, up = (pykern.linear(t["x"], t[f"{name}_weight"], t[f"{name}_bias"]) for name in ("gate", "up"))
         composed = pykern.linear(pykern.swiglu(gate, up), t["down_weight"], t["down_bias"], residual=t["residual"])
         assert_bitwise(pykern.mlp(**t, activation="silu"), composed, name=f"M={M}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_what_is_kept_for_a_gradient_changes_no_bit(gated, dtype):
+    for M in (1, 30):
+        tensors, dout = inputs(M, 20, CHUNK + 5, 40, gated=gated, dtype=dtype)
+        assert_bitwise(pykern.mlp(**tensors), apply(tensors, dout)["out"], name=f"M={M}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
