@@ -160,7 +160,8 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
             else
               with_rows(height,
                         [&](auto n) { gemm_tile<T, n.value>(depth, a, panel, tile, u0 > 0); });
-            if (last) sink(row, height, p * W, N - p * W < W ? N - p * W : W, tile, W);
+            if (last)
+              sink.take(sink.context, row, height, p * W, N - p * W < W ? N - p * W : W, tile, W);
           }
         }
       });
@@ -179,15 +180,15 @@ struct Transposing {
     using V = Vec<C>;
     constexpr int L = V::lanes;
     const C* numbers = static_cast<const C*>(tile);
+    const TileSink& sink = static_cast<const Transposing*>(context)->sink;
     for (int64_t j = 0; j < columns; j += L)
       for (int64_t i = 0; i < rows; i += L) {
         V square[L];
         for (int c = 0; c < L; ++c)
           square[c] = j + c < columns ? load(numbers + (j + c) * step + i) : V::zero();
         transpose(square);
-        static_cast<const Transposing*>(context)->sink(
-            row + i, rows - i < L ? rows - i : L, column + j, columns - j < L ? columns - j : L,
-            square, L);
+        sink.take(sink.context, row + i, rows - i < L ? rows - i : L, column + j,
+                  columns - j < L ? columns - j : L, square, L);
       }
   }
 };

@@ -21,11 +21,6 @@ struct TileSink {
   void (*take)(const void* context, int64_t row, int64_t rows, int64_t column, int64_t columns,
                const void* tile, int64_t step);
   const void* context;
-
-  void operator()(int64_t row, int64_t rows, int64_t column, int64_t columns, const void* tile,
-                  int64_t step) const {
-    take(context, row, rows, column, columns, tile, step);
-  }
 };
 
 Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, Operand A, Operand B, int threads,

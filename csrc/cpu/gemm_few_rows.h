@@ -118,7 +118,7 @@ static Status few_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B
         } else {
           multiply_streamed<T>(a, static_cast<const T*>(lanes.data), lanes.row, n, K, total);
         }
-        sink(0, rows.value, column, n, total, V::lanes);
+        sink.take(sink.context, 0, rows.value, column, n, total, V::lanes);
       }
     });
   });

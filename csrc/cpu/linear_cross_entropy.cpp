@@ -203,8 +203,11 @@ static void clear(const Tensor& t) {
 }  // namespace
 
 Status linear_cross_entropy(const LinearCrossEntropy& op, int threads) {
-  if (op.x.size[0] == 0 || op.weight.size[0] == 0)
-    for (const Tensor* t : {&op.dx, &op.dweight, &op.dbias}) clear(*t);
+  if (op.x.size[0] == 0 || op.weight.size[0] == 0) {
+    clear(op.dx);
+    clear(op.dweight);
+    clear(op.dbias);
+  }
   Status status = Status::ok;
   with_type(op.x.dtype, [&]<class T>(T) { status = run<T>(op, threads); });
   return status;

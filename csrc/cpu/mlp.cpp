@@ -32,15 +32,14 @@ static Status forward(const MlpForward& op, int threads) {
                        store_n(gate_at(row, column), y, n);
                      });
   if (status == Status::ok)  // h = f(up), or f(gate) up
-    status = gemm<T>(
-        M, H, K, Matrix<T>(op.x), Matrix<T>(op.up_weight).transposed(), threads,
-        [&](int64_t row, int64_t column, Vec<C> y, int n) {
-          if (op.up_bias.given) y = y + up_bias.load(column, n);
-          if (op.up.given) store_n(row_of<T>(op.up, row) + column, y, n);
-          y = gated ? activate_any(op.activation, load_n(gate_at(row, column), n)) * y
-                    : activate_any(op.activation, y);
-          store_n(h + row * H + column, y, n);
-        });
+    status = gemm<T>(M, H, K, Matrix<T>(op.x), Matrix<T>(op.up_weight).transposed(), threads,
+                     [&](int64_t row, int64_t column, Vec<C> y, int n) {
+                       if (op.up_bias.given) y = y + up_bias.load(column, n);
+                       if (op.up.given) store_n(row_of<T>(op.up, row) + column, y, n);
+                       y = gated ? activate_any(op.activation, load_n(gate_at(row, column), n)) * y
+                                 : activate_any(op.activation, y);
+                       store_n(h + row * H + column, y, n);
+                     });
   if (status == Status::ok)
     status = gemm<T>(M, N, H, {h, H, 1}, Matrix<T>(op.down_weight).transposed(), threads,
                      [&](int64_t row, int64_t column, Vec<C> y, int n) {
@@ -98,7 +97,7 @@ static Status backward(const MlpBackward& op, int threads) {
                             }
                             const V gate = load_n(row_of<T>(op.gate, row) + column, n);
                             const V f = activate_any(op.activation, gate);
-        store_n(h + i, f * up, n);
+                            store_n(h + i, f * up, n);
                             store_n(dup + i, dh * f, n);
                             store_n(dgate + i, dh * up * derivative_any(op.activation, gate), n);
                           });

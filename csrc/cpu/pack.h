@@ -2,12 +2,15 @@
 // A lane is a row of A or a column of B. Missing lanes and an odd last half pair are zero. Numbers
 // of a source type S other than T (float32 beside a half T) are rounded to T on the way.
 #pragma once
-#include <type_traits>
-
 #include "cpu/tile.h"
 
 PYKERN_BEGIN_ISA
 namespace {
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 // A source of lanes: number (lane i, k) is data[i * lane + k * step].
 template <class S>
@@ -30,7 +33,7 @@ static inline Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
 
 template <class T, class S>
 static inline T convert(S x) {
-  if constexpr (std::is_same_v<T, S>)
+  if constexpr (kSame<T, S>)
     return x;
   else
     return narrow<T>(x);
@@ -41,7 +44,7 @@ template <class T, class S>
 static inline Vec<Compute<T>> load_rounded(const S* p, int64_t n) {
   constexpr int lanes = Vec<Compute<T>>::lanes;
   const auto v = n >= lanes ? load(p) : load(p, static_cast<int>(n));
-  if constexpr (std::is_same_v<T, S>)
+  if constexpr (kSame<T, S>)
     return v;
   else
     return rounded<T>(v);
@@ -51,7 +54,7 @@ static inline Vec<Compute<T>> load_rounded(const S* p, int64_t n) {
 template <class T, class S>
 static inline Vec<Compute<T>> load_units(const S* p, int64_t n) {
 #if defined(__AVX512BF16__)
-  if constexpr (kPaired<T> && std::is_same_v<S, float>) {
+  if constexpr (kPaired<T> && kSame<S, float>) {
     constexpr int lanes = VecF::lanes;
     const VecF first = n >= lanes ? load(p) : load(p, static_cast<int>(n));
     if (n <= lanes) return pack_neighbours(first, VecF::zero());
@@ -81,7 +84,7 @@ template <class T, class S>
 static inline Vec<Compute<T>> load_lanes(const S* p, const S* next, int64_t n) {
   using V = Vec<Compute<T>>;
 #if defined(__AVX512BF16__)
-  if constexpr (kPaired<T> && std::is_same_v<S, float>)
+  if constexpr (kPaired<T> && kSame<S, float>)
     return pack_pairs(load_rounded<float>(p, n), next ? load_rounded<float>(next, n) : V::zero());
 #endif
   if constexpr (kPaired<T>) {
