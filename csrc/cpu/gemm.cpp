@@ -81,7 +81,7 @@ struct Cut {
     depth = count < kDepth<T> * 3 / 2 ? count : kDepth<T>;
     panels = (N + W - 1) / W;
     strip_size = depth * R + Vec<Compute<T>>::lanes;
-    panel_size = depth * W;
+    panel_size = depth * W + Vec<Compute<T>>::lanes;  // panels do not share cache sets
     block = kBlockBytes / (panel_size * size + 1);
     const int64_t share = (panels + 4 * threads - 1) / (4 * threads);
     block = block < 1 ? 1 : block > share ? share : block;

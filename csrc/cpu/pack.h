@@ -105,24 +105,33 @@ static void pack_copies(Compute<T>* out, int width, int64_t strips, int64_t stri
   using V = Vec<C>;
   constexpr int L = V::lanes;
   const int64_t count = units<T>(k);
+  const int whole_width = (width + L - 1) / L * L;  // of lanes read and, but for the last, stored
+  const bool room = whole_width == width || whole_width == L;
+  int64_t whole = valid < whole_width ? 0 : (valid - whole_width) / width + 1;
+  whole = !room ? 0 : whole < strips ? whole : strips;
   for (int64_t u = 0; u < count; ++u) {
     const S* p = from.data + u * kUnit<T> * from.step;
     const S* next = u * kUnit<T> + 1 < k ? p + from.step : nullptr;
-    for (int64_t s = 0; s < strips; ++s) {
-      C* to = out + s * strip_size + u * width;
+    C* to = out + u * width;
+    int64_t s = 0;
+    if (next || !kPaired<T>)
+      for (; s < whole; ++s)
+        for (int i = 0; i < whole_width; i += L)  // surplus lanes: the next unit overwrites them
+          store(to + s * strip_size + i,
+                load_lanes<T, S>(p + s * width + i, next + s * width + i, L));
+    for (; s < strips; ++s)
       for (int i = 0; i < width; i += L) {
-        const int64_t first = s * width + i;
-        V v = first < valid
+        const int64_t first = s * width + i, left = valid - first;
+        V v = left > 0
                   ? load_lanes<T, S>(p + first, next ? next + first : nullptr, available - first)
                   : V::zero();
-        if (first < valid && valid - first < L)
-          v = select(lanes_of<C>((uint64_t{1} << (valid - first)) - 1, 0), v, V::zero());
-        if (i == 0 || i + L <= width)  // surplus lanes: the next unit overwrites them
-          store(to + i, v);
-        else  // here they would overwrite lanes that are written already
-          store(to + i, v, width - i);
+        if (left > 0 && left < L)
+          v = select(lanes_of<C>((uint64_t{1} << left) - 1, 0), v, V::zero());
+        if (i == 0 || i + L <= width)
+          store(to + s * strip_size + i, v);
+        else  // here surplus lanes would overwrite those that are written already
+          store(to + s * strip_size + i, v, width - i);
       }
-    }
   }
 }
 
