@@ -21,6 +21,8 @@ struct TileSink {
   void (*take)(const void* context, int64_t row, int64_t rows, int64_t column, int64_t columns,
                const void* tile, int64_t step);
   const void* context;
+  const Tensor*
+      out;  // where the numbers go, for memory to be fetched in time; null: somewhere else
 };
 
 Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, Operand A, Operand B, int threads,
@@ -59,10 +61,11 @@ constexpr DType kDType<bf16> = DType::bf16;
 template <>
 constexpr DType kDType<f16> = DType::f16;
 
-// epilogue(row, column, y, n) gets n numbers y of C at once.
+// epilogue(row, column, y, n) gets n numbers y of C at once; out, if given, is where it stores
+// them.
 template <class T, class Epilogue>
 static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, int threads,
-                   const Epilogue& epilogue) {
+                   const Epilogue& epilogue, const Tensor* out = nullptr) {
   using C = Compute<T>;
   const auto take = [](const void* context, int64_t row, int64_t rows, int64_t column,
                        int64_t columns, const void* tile, int64_t step) {
@@ -72,7 +75,7 @@ static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, in
         each(row + i, column + j, load_n(static_cast<const C*>(tile) + i * step + j, n), n);
       });
   };
-  return multiply(kDType<T>, M, N, K, A.operand(), B.operand(), threads, {take, &epilogue});
+  return multiply(kDType<T>, M, N, K, A.operand(), B.operand(), threads, {take, &epilogue, out});
 }
 
 // sums[j] = the sum of column j of dz [M, N], rows contiguous: a task owns some vectors of columns

@@ -103,6 +103,7 @@ class _Linear(torch.autograd.Function):
         out, pre = below_autograd(_linear, x, weight, bias, residual, activation, keep_pre)
         ctx.save_for_backward(x, weight, bias, pre if keep_pre else None)
         ctx.activation = activation
+        ctx.set_materialize_grads(False)  # of up, gate and pre: nobody asks for them
         ctx.mark_non_differentiable(pre)
         return out, pre
 

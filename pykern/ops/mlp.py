@@ -110,6 +110,7 @@ class _MLP(torch.autograd.Function):
         out, up, gate = below_autograd(_mlp, *inputs, residual, activation, True)
         ctx.save_for_backward(*inputs, up, None if inputs[3] is None else gate)
         ctx.activation = activation
+        ctx.set_materialize_grads(False)  # of up, gate and pre: nobody asks for them
         ctx.mark_non_differentiable(up, gate)
         return out, up, gate
 
