@@ -109,6 +109,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 6
         x, weight, bias, pre = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:3])
         grads = _linear_backward(x, weight, bias, pre, dout, ctx.activation, wanted)

@@ -116,6 +116,8 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 10
         wanted = list(ctx.needs_input_grad[:7])
         gradients = [None] * 7
         if any(wanted):

@@ -183,8 +183,8 @@ def layer_norm(
 
     The mean and the variance (divided by D) are those of the last dimension. With residual [..., D] the result is
     (normed, h). float32, float64, bfloat16 or float16, one dtype for all, but a half x may have float32 weight and
-    bias; sums are taken in float32 or wider. Under torch.autocast a float32 x gives a normed in the autocast dtype, what
-    the next matrix product wants; h keeps x's. Source: Ba, Kiros and Hinton, arXiv 1607.06450.
+    bias; sums are taken in float32 or wider. Under torch.autocast a float32 x gives a normed in the autocast dtype,
+    what the next matrix product wants; h keeps x's. Source: Ba, Kiros and Hinton, arXiv 1607.06450.
     TypeError: not tensors, other or mixed dtypes. ValueError: shapes that differ, eps negative or not finite.
     """
     optional = {"weight": weight, "bias": bias, "residual": residual}
