@@ -96,8 +96,8 @@ def test_peak_growth_sees_what_a_call_frees_again():
 
 
 def test_peaks_of_a_head_in_a_process_each():
-    """torch has all logits, M V floats, at least twice at once; pykern has blocks of them."""
-    M, K, V = 512, 64, 16384
+    """torch has all logits, M V floats, at least twice at once; pykern those of some rows."""
+    M, K, V = 2048, 64, 16384
     small, large = ([*shape, "float32"] for shape in (bench_cross_entropy.WARM_UP, (M, K, V)))
     found = {who: memory.peaks_in_child(bench_cross_entropy.heads, who, small, large) for who in (report.OURS, "torch")}
     for peaks in found.values():
