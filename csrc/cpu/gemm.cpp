@@ -66,25 +66,6 @@ static bool in_place(const Matrix<T>& A, int64_t K) {
   return sizeof(T) == sizeof(Compute<T>);
 }
 
-// Asks for the memory that a tile is about to be written to.
-template <class C>
-static void fetch_target(const Tensor& out, int64_t row, int rows, int64_t column) {
-  const int64_t size = out.dtype == DType::f64 ? 8 : out.dtype == DType::f32 ? 4 : 2;
-  constexpr int64_t kLine = 64;
-  for (int i = 0; i < rows; ++i) {
-    const char* p = static_cast<const char*>(out.data) + (row_offset(out, row + i) + column) * size;
-    for (int64_t b = 0; b < kTileVectors * Vec<C>::lanes * size; b += kLine)
-      __builtin_prefetch(p + b, 1);
-  }
-}
-
-// Asks for a part of the strip that comes next, so that it is in the second-level cache by then.
-static inline void fetch_strip(const char* strip, int64_t bytes, int64_t part, int64_t parts) {
-  constexpr int64_t kLine = 64;
-  for (int64_t b = bytes * part / parts; b < bytes * (part + 1) / parts; b += kLine)
-    __builtin_prefetch(strip + b, 0, 2);
-}
-
 // How the loops are cut.
 template <class T>
 struct Cut {
@@ -174,11 +155,6 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
             C* tile = whole ? partial.template at<C>(thread)
                             : partial.template at<C>() + (s * cut.panels + p) * R * W;
             const C* panel = b + (p - first_panel) * cut.panel_size;
-            if (!read_in_place)
-              fetch_strip(reinterpret_cast<const char*>(a.data + cut.strip_size),
-                          depth * R * static_cast<int64_t>(sizeof(C)), p - first_panel,
-                          last_panel - first_panel);
-            if (last && sink.out) fetch_target<C>(*sink.out, row, height, p * W);
             if (height == R && N - p * W <= Vec<C>::lanes)
               gemm_tile<T, R, 1>(depth, a, panel, tile, u0 > 0);
             else
@@ -228,7 +204,7 @@ static Status multiply_as(int64_t M, int64_t N, int64_t K, Operand a, Operand b,
     using Sink = Transposing<Compute<T>>;
     const Sink transposing{sink};
     return blocked<T>(N, M, K, B.transposed(), A.transposed(), true, threads,
-                      {Sink::take, &transposing, nullptr});
+                      {Sink::take, &transposing});
   }
   return blocked<T>(M, N, K, A, B, false, threads, sink);
 }

@@ -21,8 +21,6 @@ struct TileSink {
   void (*take)(const void* context, int64_t row, int64_t rows, int64_t column, int64_t columns,
                const void* tile, int64_t step);
   const void* context;
-  const Tensor*
-      out;  // where the numbers go, for memory to be fetched in time; null: somewhere else
 };
 
 Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, Operand A, Operand B, int threads,
@@ -65,7 +63,7 @@ constexpr DType kDType<f16> = DType::f16;
 // them.
 template <class T, class Epilogue>
 static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, int threads,
-                   const Epilogue& epilogue, const Tensor* out = nullptr) {
+                   const Epilogue& epilogue) {
   using C = Compute<T>;
   const auto take = [](const void* context, int64_t row, int64_t rows, int64_t column,
                        int64_t columns, const void* tile, int64_t step) {
@@ -75,7 +73,7 @@ static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, in
         each(row + i, column + j, load_n(static_cast<const C*>(tile) + i * step + j, n), n);
       });
   };
-  return multiply(kDType<T>, M, N, K, A.operand(), B.operand(), threads, {take, &epilogue, out});
+  return multiply(kDType<T>, M, N, K, A.operand(), B.operand(), threads, {take, &epilogue});
 }
 
 // sums[j] = the sum of column j of dz [M, N], rows contiguous: a task owns some vectors of columns

@@ -11,16 +11,15 @@ static Status forward(const LinearForward& op, int threads) {
   using C = Compute<T>;
   const int64_t M = row_count(op.x), K = row_length(op.x), N = op.weight.size[0];
   const Numbers<C> bias(op.bias), residual(op.residual), out(op.out);
-  return gemm<T>(
-      M, N, K, Matrix<T>(op.x), Matrix<T>(op.weight).transposed(), threads,
-      [&](int64_t row, int64_t column, Vec<C> y, int n) {
-        if (op.bias.given) y = y + bias.load(column, n);
-        if (op.pre.given) store_n(row_of<T>(op.pre, row) + column, y, n);
-        if (op.activation != Activation::none) y = activate_any(op.activation, y);
-        if (op.residual.given) y = y + residual.load(row_offset(op.residual, row) + column, n);
-        out.store(row_offset(op.out, row) + column, y, n);
-      },
-      &op.out);
+  return gemm<T>(M, N, K, Matrix<T>(op.x), Matrix<T>(op.weight).transposed(), threads,
+                 [&](int64_t row, int64_t column, Vec<C> y, int n) {
+                   if (op.bias.given) y = y + bias.load(column, n);
+                   if (op.pre.given) store_n(row_of<T>(op.pre, row) + column, y, n);
+                   if (op.activation != Activation::none) y = activate_any(op.activation, y);
+                   if (op.residual.given)
+                     y = y + residual.load(row_offset(op.residual, row) + column, n);
+                   out.store(row_offset(op.out, row) + column, y, n);
+                 });
 }
 
 Status linear_forward(const LinearForward& op, int threads) {
@@ -63,20 +62,16 @@ static Status backward(const LinearBackward& op, int threads) {
   }
   Status status = Status::ok;
   if (op.dx.given)
-    status = gemm<T>(
-        M, K, N, dz, Matrix<T>(op.weight), threads,
-        [&](int64_t row, int64_t column, Vec<C> y, int n) {
-          store_n(row_of<T>(op.dx, row) + column, y, n);
-        },
-        &op.dx);
+    status = gemm<T>(M, K, N, dz, Matrix<T>(op.weight), threads,
+                     [&](int64_t row, int64_t column, Vec<C> y, int n) {
+                       store_n(row_of<T>(op.dx, row) + column, y, n);
+                     });
   const Numbers<C> dweight(op.dweight);
   if (op.dweight.given && status == Status::ok)
-    status = gemm<T>(
-        N, K, M, dz.transposed(), Matrix<T>(op.x), threads,
-        [&](int64_t row, int64_t column, Vec<C> y, int n) {
-          dweight.store(row_offset(op.dweight, row) + column, y, n);
-        },
-        &op.dweight);
+    status = gemm<T>(N, K, M, dz.transposed(), Matrix<T>(op.x), threads,
+                     [&](int64_t row, int64_t column, Vec<C> y, int n) {
+                       dweight.store(row_offset(op.dweight, row) + column, y, n);
+                     });
   if (op.dbias.given) column_sums<C>(M, N, gradient, dz.row, Numbers<C>(op.dbias), threads);
   return status;
 }

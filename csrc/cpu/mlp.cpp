@@ -41,14 +41,13 @@ static Status forward(const MlpForward& op, int threads) {
                        store_n(h + row * H + column, y, n);
                      });
   if (status == Status::ok)
-    status = gemm<T>(
-        M, N, H, {h, H, 1}, Matrix<T>(op.down_weight).transposed(), threads,
-        [&](int64_t row, int64_t column, Vec<C> y, int n) {
-          if (op.down_bias.given) y = y + down_bias.load(column, n);
-          if (op.residual.given) y = y + residual.load(row_offset(op.residual, row) + column, n);
-          out.store(row_offset(op.out, row) + column, y, n);
-        },
-        &op.out);
+    status = gemm<T>(M, N, H, {h, H, 1}, Matrix<T>(op.down_weight).transposed(), threads,
+                     [&](int64_t row, int64_t column, Vec<C> y, int n) {
+                       if (op.down_bias.given) y = y + down_bias.load(column, n);
+                       if (op.residual.given)
+                         y = y + residual.load(row_offset(op.residual, row) + column, n);
+                       out.store(row_offset(op.out, row) + column, y, n);
+                     });
   return status;
 }
 
@@ -60,12 +59,10 @@ static Status parameter_gradients(int64_t M, Matrix<T> dy, DType dtype, Matrix<T
   const Numbers<C> to(dweight);
   Status status = Status::ok;
   if (dweight.given)
-    status = gemm<T>(
-        dweight.size[0], dweight.size[1], M, dy.transposed(), x, threads,
-        [&](int64_t row, int64_t column, Vec<C> y, int n) {
-          to.store(row_offset(dweight, row) + column, y, n);
-        },
-        &dweight);
+    status = gemm<T>(dweight.size[0], dweight.size[1], M, dy.transposed(), x, threads,
+                     [&](int64_t row, int64_t column, Vec<C> y, int n) {
+                       to.store(row_offset(dweight, row) + column, y, n);
+                     });
   if (dbias.given)
     column_sums<C>(M, dbias.size[0], {const_cast<void*>(dy.data), dtype}, dy.row, Numbers<C>(dbias),
                    threads);
@@ -117,13 +114,11 @@ static Status backward(const MlpBackward& op, int threads) {
         M, K, H, {dgate, H, 1}, Matrix<T>(op.gate_weight), threads,
         [&](int64_t row, int64_t column, V y, int n) { store_n(dx_sum + row * K + column, y, n); });
   if (status == Status::ok && op.dx.given)
-    status = gemm<T>(
-        M, K, H, {dup, H, 1}, Matrix<T>(op.up_weight), threads,
-        [&](int64_t row, int64_t column, V y, int n) {
-          if (gated) y = y + load_n(dx_sum + row * K + column, n);
-          store_n(row_of<T>(op.dx, row) + column, y, n);
-        },
-        &op.dx);
+    status = gemm<T>(M, K, H, {dup, H, 1}, Matrix<T>(op.up_weight), threads,
+                     [&](int64_t row, int64_t column, V y, int n) {
+                       if (gated) y = y + load_n(dx_sum + row * K + column, n);
+                       store_n(row_of<T>(op.dx, row) + column, y, n);
+                     });
   return status;
 }
 
