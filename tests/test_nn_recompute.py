@@ -99,8 +99,7 @@ def test_fewer_bytes_by_the_outputs_of_both_norms(kind, mode):
     dtype, enabled = MODES[mode]
     plain, thrifty = make(kind, dtype)
     x = sample(dtype)
-    if not output_is_saved(plain, x, enabled):
-        pytest.skip("norms give float32 under autocast: linear saves a copy in bfloat16, not their output")
+    assert output_is_saved(plain, x, enabled), "there is nothing to leave out"
     with autocast(enabled=enabled):
         saved = 2 * plain.ln_1(x).nbytes
         assert activation_bytes(thrifty, x) == activation_bytes(plain, x) - saved
