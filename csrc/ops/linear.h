@@ -2,7 +2,8 @@
 //   x [..., K]   weight [N, K]   bias [N]   residual, out, pre [..., N]
 // pre keeps x weight^T + bias, which the backward pass of an activation needs.
 // A bfloat16 or float16 x may have float32 weight, bias and residual, as under autocast: weight is
-// rounded to x's dtype, out has the dtype of the residual, dout that of out, dweight that of weight.
+// rounded to x's dtype, out has the dtype of the residual, dout that of out, dweight that of
+// weight.
 #pragma once
 #include "core/tensor.h"
 #include "ops/activation.h"
