@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory import kept_bytes
 from benchmarks.models import GPT2, SMALL, TINY, Model
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.report import OURS, Case
+from pykern.testing.memory import kept_bytes
 
 STEPS = [(GPT2, 4, 64), (GPT2, 1, 1024), (SMALL, 8, 256)]  # model, B, T
 QUICK_STEPS = [(TINY, 2, 32)]

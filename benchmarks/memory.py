@@ -1,4 +1,4 @@
-"""Memory beside time: bytes kept between forward and backward, and the peak of a call in a process of its own."""
+"""Memory beside time: the peak of a call in a process of its own."""
 
 import ctypes
 import importlib
@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,26 +20,6 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # proc(5): sets VmHWM to what is resident now
 CHILD_SECONDS = 600
 Result = TypeVar("Result")
-
-
-def kept_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that forward() saves for the backward pass: whole storages, each once, without those of the parameters.
-
-    Weights cast to another dtype count: they are kept as well. Inputs count, since they cannot be freed.
-    """
-    saved: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = forward()  # held, and with it all that was saved, so that no address is used twice
-    for p in parameters:
-        saved.pop(p.untyped_storage().data_ptr(), None)
-    del out
-    return sum(saved.values())
 
 
 def _resident(name: str) -> int:

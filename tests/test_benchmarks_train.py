@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import bench_cross_entropy, bench_train, memory, models, report
 from benchmarks.plain_gpt import PlainGPT
+from pykern.testing.memory import kept_bytes
 
 pytestmark = pytest.mark.one_isa
 
@@ -67,12 +68,12 @@ def test_long_and_quick_steps_are_compiled_only_on_demand(monkeypatch):
 def test_kept_bytes_are_whole_storages_each_once_without_parameters():
     weight = torch.zeros(8, 4, requires_grad=True)
     x = torch.randn(16, 4, requires_grad=True)
-    assert memory.kept_bytes(lambda: x * 2.0, []) == 0
-    assert memory.kept_bytes(lambda: torch.tanh(x), []) == x.nbytes
-    assert memory.kept_bytes(lambda: torch.nn.functional.linear(x, weight), [weight]) == x.nbytes
-    assert memory.kept_bytes(lambda: torch.nn.functional.linear(x, weight), []) == x.nbytes + weight.nbytes
+    assert kept_bytes(lambda: x * 2.0, []) == 0
+    assert kept_bytes(lambda: torch.tanh(x), []) == x.nbytes
+    assert kept_bytes(lambda: torch.nn.functional.linear(x, weight), [weight]) == x.nbytes
+    assert kept_bytes(lambda: torch.nn.functional.linear(x, weight), []) == x.nbytes + weight.nbytes
     expected = x.nbytes + 2 * 4 * 4  # two views of x, and exp's output, which both backward functions read
-    assert memory.kept_bytes(lambda: x[:2].exp() * x[2:4], []) == expected
+    assert kept_bytes(lambda: x[:2].exp() * x[2:4], []) == expected
 
 
 def test_activation_bytes_of_a_step():

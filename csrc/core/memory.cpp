@@ -45,6 +45,7 @@ thread_local Kept kept;
 }  // namespace
 
 void* borrow_memory(int64_t bytes) {
+  if (bytes < 0 || bytes > INT64_MAX / 2) return nullptr;  // a size that overflowed on its way here
   int best = -1;
   for (int i = 0; i < kSlots; ++i) {
     if (!kept.block[i]) continue;
@@ -59,7 +60,6 @@ void* borrow_memory(int64_t bytes) {
     return block;
   }
   const int64_t align = bytes >= kHugePage ? kHugePage : kLine;
-  if (bytes > INT64_MAX / 2) return nullptr;
   const int64_t total = (bytes + kLine + align - 1) / align * align;
   void* start = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(total));
   if (!start) return nullptr;

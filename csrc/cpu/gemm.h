@@ -59,8 +59,7 @@ constexpr DType kDType<bf16> = DType::bf16;
 template <>
 constexpr DType kDType<f16> = DType::f16;
 
-// epilogue(row, column, y, n) gets n numbers y of C at once; out, if given, is where it stores
-// them.
+// epilogue(row, column, y, n) gets n numbers y of C at once.
 template <class T, class Epilogue>
 static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, int threads,
                    const Epilogue& epilogue) {

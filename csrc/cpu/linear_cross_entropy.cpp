@@ -107,22 +107,6 @@ static Matrix<T> without_ignored(const Head<T>& h, int64_t first, int64_t n,
   return {rows, h.K, 1};
 }
 
-// sum [V, N] += y, where sum is the result itself when it has the accuracy of a sum
-template <class C>
-struct RunningSum {
-  const Tensor& result;
-  Numbers<C> sum;
-  int64_t row;
-  bool own;
-
-  RunningSum(const Tensor& result, const Scratch& memory, int64_t N, bool own)
-      : result(result),
-        sum(own ? Numbers<C>(memory.at<C>(), sizeof(C) == 8 ? DType::f64 : DType::f32)
-                : Numbers<C>(result)),
-        row(own ? N : result.stride[0]),
-        own(own) {}
-};
-
 template <class T>
 static Status run(const LinearCrossEntropy& op, int threads) {
   using C = Compute<T>;
@@ -139,8 +123,10 @@ static Status run(const LinearCrossEntropy& op, int threads) {
   const Scratch dbias_sum(own_dbias ? 2 * V * sizeof(C) : 0);
   if (!logits.ok() || !read.ok() || !dweight_sum.ok() || !dbias_sum.ok())
     return Status::out_of_memory;
-  const RunningSum<C> dweight(op.dweight, dweight_sum, K, own_dweight);
   const DType compute = sizeof(C) == 8 ? DType::f64 : DType::f32;
+  // sums so far: in dweight itself where that has the accuracy of a sum
+  const Numbers<C> dweight(op.dweight),
+      sums = own_dweight ? Numbers<C>(dweight_sum.template at<C>(), compute) : dweight;
   C* x = logits.template at<C>();
   const T* dlogits = logits.template at<T>();
   const int64_t step = V * static_cast<int64_t>(sizeof(C) / sizeof(T));  // between rows of dlogits
@@ -159,16 +145,16 @@ static Status run(const LinearCrossEntropy& op, int threads) {
                          store_n(row_of<T>(op.dx, first + row) + column, y, lanes);
                        });
     if (op.dweight.given && status == Status::ok)
-      status =
-          gemm<T>(V, K, n, {dlogits, 1, step}, without_ignored(h, first, n, read), threads,
-                  [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
-                    const int64_t i = row * dweight.row + column;
-                    if (first > 0) y = dweight.sum.load(i, lanes) + y;
-                    if (last)
-                      Numbers<C>(op.dweight).store(row_offset(op.dweight, row) + column, y, lanes);
-                    else
-                      dweight.sum.store(i, y, lanes);
-                  });
+      status = gemm<T>(V, K, n, {dlogits, 1, step}, without_ignored(h, first, n, read), threads,
+                       [&](int64_t row, int64_t column, Vec<C> y, int lanes) {
+                         const int64_t i = row_offset(op.dweight, row) + column;
+                         const int64_t sum = own_dweight ? row * K + column : i;
+                         if (first > 0) y = sums.load(sum, lanes) + y;
+                         if (last)
+                           dweight.store(i, y, lanes);
+                         else
+                           sums.store(sum, y, lanes);
+                       });
     if (status != Status::ok) return status;
     if (op.dbias.given) {
       const Numbers<C> gradients(const_cast<T*>(dlogits), op.x.dtype);

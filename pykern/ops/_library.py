@@ -124,11 +124,6 @@ def empty_packed(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dty
     return out
 
 
-def empty_packed_like(x: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor like x, on huge pages where it is large."""
-    return empty_packed(x, x.shape)
-
-
 def autocast(op: str, *tensors: Tensor | None) -> tuple:
     """Under torch.autocast, floating tensors in the autocast dtype; otherwise unchanged."""
     present = next(t for t in tensors if t is not None)

@@ -1,5 +1,6 @@
-"""How much memory a module keeps between its forward and its backward pass."""
+"""How much memory is kept between a forward and a backward pass."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,13 +12,14 @@ def storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def activation_bytes(module: torch.nn.Module, *inputs: Any, **options: Any) -> int:
-    """Bytes that module(*inputs, **options) keeps for backward: of each distinct storage, the module's own excepted.
+def kept_bytes(forward: Callable[[], object], own: Iterable[Tensor]) -> int:
+    """Bytes that forward() saves for the backward pass: whole storages, each once, without those of the tensors `own`.
 
-    Inputs count when they are kept. What an op keeps outside save_for_backward is not seen.
+    Weights cast to another dtype count, and so do inputs: they cannot be freed. What an op keeps outside
+    save_for_backward is not seen: pykern.linear_cross_entropy's gradients, made in the forward pass.
     """
-    own = {storage(x) for x in [*module.parameters(), *module.buffers()]}
-    kept: dict[int, Tensor] = {}
+    left_out = {storage(x) for x in own}
+    kept: dict[int, Tensor] = {}  # held, so that no storage is taken for another
 
     def pack(x: Tensor) -> Tensor:
         x = x.detach()
@@ -25,5 +27,10 @@ def activation_bytes(module: torch.nn.Module, *inputs: Any, **options: Any) -> i
         return x
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        module(*inputs, **options)
-    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in own)
+        forward()
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in left_out)
+
+
+def activation_bytes(module: torch.nn.Module, *inputs: Any, **options: Any) -> int:
+    """kept_bytes of module(*inputs, **options), the module's parameters and buffers left out."""
+    return kept_bytes(lambda: module(*inputs, **options), [*module.parameters(), *module.buffers()])
