@@ -1,16 +1,19 @@
-"""One token at a time: attention of a query against its cache, and a whole step of a language model."""
+"""One token at a time: attention of a query against its cache, and a language model that reads and continues texts."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import pykern
 from benchmarks.bench_attention import by_hand
+from benchmarks.bench_train import pykern_name
 from benchmarks.models import GPT2, SMALL, TINY, Model
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.report import OURS, Case, numbers
 from benchmarks.timing import in_turn
+from pykern.lm import Config, Session, Transformer
 
 SHAPES = [  # B, H, G, S, D
     *((1, 12, 12, 128, 64), (1, 12, 12, 1024, 64), (8, 12, 12, 1024, 64)),
@@ -19,15 +22,11 @@ SHAPES = [  # B, H, G, S, D
 QUICK_SHAPES = [(2, 4, 2, 64, 32)]
 DTYPES = (torch.float32, torch.bfloat16)
 COLD_BYTES = 200e6  # of caches in turn: in a model, other layers' keys and weights come between two reads
-STEPS = [
-    (GPT2, 1, 128),
-    (GPT2, 1, 1000),
-    (GPT2, 8, 128),
-    (GPT2, 8, 1000),
-    (SMALL, 1, 128),
-    (SMALL, 8, 128),
-]  # batch, context
-QUICK_STEPS = [(TINY, 2, 20)]
+BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}  # of a matrix weight, scales included
+PREFILLS = [(GPT2, 1, 512), (GPT2, 8, 128), (SMALL, 1, 512), (SMALL, 8, 128)]  # model, batch, tokens
+GENERATIONS = [(GPT2, 1, 128), (GPT2, 8, 128), (SMALL, 1, 128), (SMALL, 8, 128)]  # model, batch, new tokens
+STEPS = [(GPT2, 1, 1000), (GPT2, 8, 1000)]  # model, batch, context
+QUICK = [(TINY, 1, 20), (TINY, 8, 20)]
 
 
 def build_attention(B, H, G, S, D, dtype, count):
@@ -75,35 +74,113 @@ def attention_cases(shapes) -> Iterator[Case]:
                 )
 
 
-def build_step(model: Model, B: int, context: int, dtype: torch.dtype):
-    """Each call is the step after `context` tokens: the token is forgotten again."""
-    from pykern.lm import Config, Transformer
+def twins(model: Model, B: int, dtype: str) -> tuple[Session, PlainGPT | None]:
+    """A session and, unless the dtype is one that torch has no eager kernels for, a plain model of its weights."""
+    torch.manual_seed(0)
+    plain = PlainGPT(**model.sizes).eval()
+    twin = Transformer(Config(**model.sizes))
+    twin.load_state_dict({pykern_name(name): value for name, value in plain.state_dict().items()})
+    rival = plain.to(getattr(torch, dtype)) if dtype in ("float32", "bfloat16") else None
+    return twin.session(dtype, batch=B), rival
 
-    ids = torch.randint(model.vocab_size, (B, context + 1), generator=torch.Generator().manual_seed(0))
-    session = Transformer(Config(**model.sizes)).session(str(dtype).removeprefix("torch."), batch=B)
-    session.prefill(ids[:, :context])
-    plain = PlainGPT(**model.sizes).to(dtype).eval()
-    caches = plain.caches(B, dtype)
+
+def texts(model: Model, B: int, T: int) -> Tensor:
+    return torch.randint(model.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
+
+
+def build_prefill(model: Model, B: int, T: int, dtype: str):
+    """Logits after the last of T tokens, in an empty cache."""
+    session, plain = twins(model, B, dtype)
+    ids = texts(model, B, T)
 
     def ours():
-        session.step(ids[:, context])
-        session.cache.truncate(context)
+        session.reset()
+        return session.prefill(ids)
 
+    if plain is None:
+        return {OURS: ours}
+    caches = plain.caches(B, plain.wte.weight.dtype)
+
+    @torch.no_grad()
+    def theirs():
+        return F.linear(plain.hidden(ids, caches)[:, -1], plain.wte.weight)
+
+    return {OURS: ours, "torch": theirs}
+
+
+def build_generation(model: Model, B: int, n: int, dtype: str):
+    """n tokens after the first, each the most likely one."""
+    session, plain = twins(model, B, dtype)
+    ids = texts(model, B, 1)
+
+    def ours():
+        return session.generate(ids, max_new_tokens=n, temperature=0)
+
+    if plain is None:
+        return {OURS: ours}
+    caches = plain.caches(B, plain.wte.weight.dtype)
+
+    def theirs():
+        out = [ids[:, 0]]
+        for t in range(n):
+            out.append(plain.step(out[-1], caches, t).argmax(-1))
+        return torch.stack(out, 1)
+
+    return {OURS: ours, "torch": theirs}
+
+
+def build_step(model: Model, B: int, context: int, dtype: str):
+    """Each call is the step after `context` tokens: the token is forgotten again."""
+    session, plain = twins(model, B, dtype)
+    ids = texts(model, B, context + 1)
+    session.prefill(ids[:, :context])
+
+    def ours():
+        logits = session.step(ids[:, context])
+        session.cache.truncate(context)
+        return logits
+
+    if plain is None:
+        return {OURS: ours}
+    caches = plain.caches(B, plain.wte.weight.dtype)
+    with torch.no_grad():
+        plain.hidden(ids[:, :context], caches)
     return {OURS: ours, "torch": lambda: plain.step(ids[:, context], caches, context)}
 
 
-def step_cases(steps) -> Iterator[Case]:
-    for model, B, context in steps:
-        for dtype in DTYPES:
-            yield Case(
-                f"{model.name} B{B} context {context}",
-                dtype,
-                model.decode_flops(B, context),
-                model.decode_bytes(B, context, dtype.itemsize),
-                lambda model=model, B=B, context=context, dtype=dtype: build_step(model, B, context, dtype),
-            )
+def step_moved(model: Model, B: int, context: int, dtype: str) -> float:
+    """Bytes of a step: those of its dtype; quantised matrices beside float32 vectors, keys and values."""
+    item = 2 if dtype == "bfloat16" else 4
+    return model.decode_bytes(B, context, item) - model.matrix_weights * (item - BITS[dtype] / 8)
+
+
+def model_cases(prefills, generations, steps) -> Iterator[Case]:
+    for kind, build, sizes in (
+        ("prefill", build_prefill, prefills),
+        ("generate", build_generation, generations),
+        ("step after", build_step, steps),
+    ):
+        for model, B, n in sizes:
+            for dtype in BITS:
+                if kind == "prefill":  # the head sees the last token of each text
+                    body = model.matrix_weights - model.vocab_size * model.n_embd
+                    flops = 2.0 * B * (n * body + model.vocab_size * model.n_embd) + model.attention_flops(B, n)
+                    moved = step_moved(model, B, n - 1, dtype)
+                else:
+                    at = range(n) if kind == "generate" else [n]
+                    flops = sum(model.decode_flops(B, t) for t in at)
+                    moved = sum(step_moved(model, B, t, dtype) for t in at)
+                quantised = dtype.startswith("int")
+                yield Case(
+                    f"{model.name} B{B} {kind} {n}{f', {dtype} weights' if quantised else ''}",
+                    torch.float32 if quantised else getattr(torch, dtype),
+                    flops,
+                    moved,
+                    lambda build=build, model=model, B=B, n=n, dtype=dtype: build(model, B, n, dtype),
+                    working_set=step_moved(model, B, n, dtype),
+                )
 
 
 def cases(quick: bool) -> Iterator[Case]:
     yield from attention_cases(QUICK_SHAPES if quick else SHAPES)
-    yield from step_cases(QUICK_STEPS if quick else STEPS)
+    yield from model_cases(*((QUICK, QUICK, QUICK) if quick else (PREFILLS, GENERATIONS, STEPS)))

@@ -20,6 +20,12 @@ def isa() -> str: ...
 def isas() -> list[tuple[str, bool]]:
     """(name, runs on this processor) of every ISA built in, best first."""
 
+def panel_width() -> int:
+    """Rows of a weight that lie side by side in a panel of LmModel, on the ISA in use."""
+
+def pairs_bf16() -> bool:
+    """Whether that ISA multiplies pairs of bfloat16: they then lie side by side in a panel."""
+
 def num_threads() -> int: ...
 def set_num_threads(n: int) -> None:
     """0 = follow the OpenMP runtime (torch.set_num_threads)."""
@@ -140,10 +146,12 @@ def attention_with_kvcache(
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
     block_table: Array | None = None,
+    cache_leftpad: Array | None = None,
 ) -> None:
     """q [B,H,T,D]  k_cache [B,G,C,D]  v_cache [B,G,C,E], with block_table [B,n] int32 [pages,G,page,D|E]
     k, v: T new keys, written at cache_seqlens [B] int32 (length before the append)
-    rotary_cos, rotary_sin [positions, R/2], R <= D: rotates k at positions cache_seqlens + t, q at the last T."""
+    rotary_cos, rotary_sin [positions, R/2], R <= D: rotates k at positions cache_seqlens + t, q at the last T.
+    cache_leftpad [B] int32: slots in front of a sequence's first key, which is at position 0; they are never read."""
 
 # ---- linear: out = activation(x weight^T + bias) + residual
 def linear_forward(
@@ -312,6 +320,60 @@ def linear_cross_entropy(
     z_loss: float,
 ) -> None:
     """x [M,K]  weight [V,K]  bias [V]  loss, dloss [M] stat; gradients that are given need dloss."""
+
+# ---- sample: the next token of each row: greedy, or a draw from softmax(logits / temperature) after what cuts its tail
+def sample(
+    logits: Array,
+    seeds: Array,
+    draws: Array,
+    history: Array | None,
+    counts: Array | None,
+    ids: Array,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+) -> None:
+    """logits [B,V]  seeds, draws int64 [B]: row b's draw is a function of its seed and of how many it has drawn
+    history int64 [B,n], of which the first counts [B] tokens of a row are penalised; both None: nothing is
+    ids int64 [B], out; -1 where a logit is NaN or the largest one is infinite
+    temperature 0: greedy, the lowest id among equals. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 do nothing."""
+
+# ---- language model: all layers of pykern.lm's Transformer in one call
+class LmModel:
+    def __init__(self, model: dict[str, Any], layers: list[dict[str, Any]]) -> None:
+        """Borrows what pykern.lm.weights.compiled_model puts together: vectors and tables, packed matrices, and the
+        caches k_cache, v_cache [pages,G,page,D] of each layer, which step() and generate() write."""
+
+    def step(self, tokens: Array, first_rows: Array, lengths: Array, block_table: Array, logits: Array | None) -> None:
+        """tokens int64 [R]: those of text s are rows first_rows[s] .. first_rows[s+1] - 1, first_rows int32 [texts+1]
+        lengths int32 [texts], before these tokens  block_table int32 [texts,n]: the pages of each text
+        logits [R,V], or of the last row of each text [texts,V], in the dtype of the embedding: float32 or bfloat16"""
+
+    def generate(
+        self,
+        tokens: Array,
+        first_rows: Array,
+        lengths: Array,
+        block_table: Array,
+        ids: Array,
+        *,
+        seeds: Array,
+        draws: Array,
+        history: Array | None = None,
+        counts: Array | None = None,
+        stop_tokens: Array | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> int:
+        """step() and sample() for every column of ids int64 [texts,n]; returns how many columns it wrote: fewer than n
+        when a text draws one of stop_tokens int64, or -1. Every text has one token. draws, counts and history, which
+        has room for n more, go up with it."""
 
 # ---- adamw: decoupled weight decay, bias-corrected; one pass over memory
 def adamw(

@@ -5,16 +5,17 @@ and 1 for what it names; Ctrl-C is 130.
 """
 
 import argparse
-import codecs
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from pykern.cli_generate import add_generate
+from pykern.cli_parts import Parser, add_flag, add_threads, flag, given, load_model, set_threads
 
 SHAPE = {  # field of Config: (type or choices, default, help)
     "n_layer": (int, 4, "blocks"),
@@ -50,45 +51,6 @@ OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "recompute": (bool, "keep less in memory for the backward pass and compute it again there"),
 }
 USER_ERRORS = (ValueError, IndexError, OSError, ImportError, FloatingPointError, MemoryError)
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one line, without the long usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def add_flag(group: Any, name: str, kind: Any, text: str, default: Any = None) -> None:
-    """An option that is absent from the parsed arguments unless it was given; the default is shown in its help."""
-    if kind is bool:  # --name or --no-name
-        group.add_argument(flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        return
-    shown = text if default is None else f"{text} (default {default})"
-    choices = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-    group.add_argument(flag(name), default=argparse.SUPPRESS, help=shown, **choices)
-
-
-def add_threads(parser: Parser) -> None:
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
-
-
-def set_threads(n: int | None) -> None:
-    if n is None:
-        return
-    if not 1 <= n <= 1024:
-        raise ValueError(f"--threads is {n} but must be from 1 to 1024")
-    import torch
-
-    torch.set_num_threads(n)
-
-
-def given(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 # ---- train
@@ -169,64 +131,6 @@ def train(arguments: argparse.Namespace) -> int:
         return 130
     print(f"held-out loss {result.evaluation.loss:.4f}, {result.evaluation.bits_per_byte:.4f} bits per byte")
     print(f"checkpoint: {result.out}    curves: {result.out / 'loss.png'}")
-    return 0
-
-
-# ---- generate
-
-
-def add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="continue a prompt", allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a checkpoint folder")
-    parser.add_argument("--prompt", default="\n", help='the text to continue; "-" reads it from stdin')
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most likely token (default 0.8)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the smallest set that reaches P")
-    parser.add_argument("--seed", type=int, help="same seed, same text")
-    parser.add_argument("--dtype", default="float32", metavar="DTYPE", help="float32 (default) or bfloat16")
-    add_threads(parser)
-    parser.set_defaults(run=generate)
-
-
-def load_model(folder: str) -> tuple[Any, Any]:
-    """(Transformer, Tokenizer) of a checkpoint folder."""
-    from pykern.lm.checkpoint import load_checkpoint
-    from pykern.lm.model import Transformer, expected_tensors
-
-    loaded = load_checkpoint(folder, expected=expected_tensors, training=False)
-    if loaded.tokenizer is None:
-        raise ValueError(f"{folder} has no tokenizer.json")
-    return Transformer.from_checkpoint(loaded), loaded.tokenizer
-
-
-def generate(arguments: argparse.Namespace) -> int:
-    set_threads(arguments.threads)
-    model, tokenizer = load_model(arguments.model)
-    import torch
-
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty")
-    session = model.session(dtype=arguments.dtype)
-    stream = session.stream(
-        torch.tensor([ids]),
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
-    text = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-    sys.stdout.write(prompt)
-    start = time.perf_counter()
-    for token in stream:
-        sys.stdout.write(text.decode(tokenizer.decode_bytes(token.tolist())))
-        sys.stdout.flush()
-    print(text.decode(b"", final=True))
-    seconds = time.perf_counter() - start
-    print(f"{arguments.max_new_tokens} tokens, {arguments.max_new_tokens / seconds:,.0f} tok/s", file=sys.stderr)
     return 0
 
 
@@ -349,6 +253,11 @@ def check(rest: list[str]) -> int:
 
 
 def bench(rest: list[str]) -> int:
+    """`decode` is in the package; everything else is the benchmarks of the checkout."""
+    if rest[:1] == ["decode"]:
+        from pykern.cli_bench import bench_decode
+
+        return bench_decode(rest[1:])
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise ValueError("the benchmarks are not installed with the package: run this in a checkout of the repository")
@@ -366,7 +275,7 @@ def info(arguments: argparse.Namespace) -> int:
 
 PASSED_ON: dict[str, tuple[Callable[[list[str]], int], str]] = {  # these have a command line of their own
     "check": (check, "error of every op beside torch's, for each dtype"),
-    "bench": (bench, "time of every op beside torch's and the machine's limit"),
+    "bench": (bench, "time of every op beside torch's and the machine's limit; bench decode: of a model"),
 }
 
 

@@ -21,7 +21,7 @@ TABLE = ("csrc/cpu/table.cpp", "runtime/cpu_table.h")  # the one meeting point: 
 
 # A kernel is compiled with instructions that not every processor has. An inline function or template of a system
 # header could be the copy that the linker keeps for the whole program, so kernels include C headers only.
-KERNEL_HEADERS = {"stdint.h", "string.h", "stdlib.h", "math.h", "omp.h"}
+KERNEL_HEADERS = {"stdint.h", "string.h", "stdlib.h", "math.h", "omp.h", "sched.h"}
 VEC_HEADERS = {"immintrin.h", "arm_neon.h", "utility"}  # integer_sequence is a type without code
 KERNEL_STD = {"integer_sequence", "make_integer_sequence", "index_sequence", "make_index_sequence"}
 

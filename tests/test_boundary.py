@@ -131,7 +131,7 @@ def fake():
 
 
 FLOATS = "expected float32, float64, bfloat16 or float16"
-ANY = "expected float32, float64, bfloat16, float16, int64, int32 or bool"
+ANY = "expected float32, float64, bfloat16, float16, int64, int32, uint8 or bool"
 BAD_INPUTS = {
     "list": (lambda: [1.0, 2.0], TypeError, "relu: x must be an array, got list"),
     "None": (lambda: None, TypeError, "relu: x must be an array, got NoneType"),
@@ -139,7 +139,11 @@ BAD_INPUTS = {
     "numpy scalar": (lambda: np.float32(1), TypeError, "relu: x must be an array, got float32"),
     "complex torch": (lambda: torch.ones(4, dtype=torch.complex64), TypeError, f"relu: x has dtype complex64, {ANY}"),
     "complex numpy": (lambda: np.ones(4, np.complex128), TypeError, f"relu: x has dtype complex128, {ANY}"),
-    "uint8": (lambda: torch.ones(4, dtype=torch.uint8), TypeError, f"relu: x has dtype uint8, {ANY}"),
+    "uint8": (
+        lambda: torch.ones(4, dtype=torch.uint8),
+        TypeError,
+        "relu: x has dtype uint8, expected float32, float64, bfloat16 or float16",
+    ),
     "int16": (lambda: np.ones(4, np.int16), TypeError, f"relu: x has dtype int16, {ANY}"),
     "float8": (lambda: torch.ones(4).to(torch.float8_e5m2), TypeError, f"relu: x has dtype float8, {ANY}"),
     "float128": (lambda: np.ones(4, np.longdouble), TypeError, f"relu: x has dtype {np.dtype('g')}, {ANY}"),

@@ -356,7 +356,7 @@ BAD_VALUES = {
     "negative length": (["generate", "--model", "{model}", "--max-new-tokens", "-1"], "max_new_tokens is -1"),
     "temperature": (["generate", "--model", "{model}", "--temperature", "-1"], "temperature is -1.0"),
     "top-p": (["generate", "--model", "{model}", "--top-p", "2"], "top_p is 2.0"),
-    "session dtype": (["generate", "--model", "{model}", "--dtype", "int8"], "float32, bfloat16"),
+    "session dtype": (["generate", "--model", "{model}", "--dtype", "int3"], "float32, bfloat16, int8, int4"),
     "evaluation of nothing": (["evaluate", "--model", "{model}", "--data", "{empty}"], "is empty"),
     "evaluation batch": (["evaluate", "--model", "{model}", "--data", "{text}", "--batch-size", "0"], "batch_size"),
     "id out of range": (["tokenize", "decode", "--tokenizer", "{model}", "999"], "id 999"),

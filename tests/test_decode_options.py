@@ -62,6 +62,43 @@ def test_formula(name, dtype):
         compare(arguments, f"{name} T={T}", **typed(OPTIONS[name], dtype))
 
 
+@pytest.mark.parametrize("page", [None, 1, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_left_padding_has_the_bits_of_a_cache_without_it(dtype, page):
+    """Keys behind 13 and 70 slots of NaN; positions, window and slopes count from the first key."""
+    for T in QUERIES:
+        plain = inputs([101, 30], T=T, D=24, E=40, H=4, G=2, R=16, dtype=dtype)
+        options = typed(dict(window=(80, 0), alibi_slopes=SLOPES), dtype)
+        expected = run(plain, **options)
+        padding = [13, 70]
+        padded = dict(plain)
+        for name in ("k_cache", "v_cache"):
+            padded[name] = torch.full_like(torch.nn.functional.pad(plain[name], (0, 0, 70, 0)), math.nan)
+            for b, n in enumerate(padding):
+                padded[name][b, :, n : n + plain[name].shape[2]] = plain[name][b]
+        padded["cache_seqlens"] = plain["cache_seqlens"] + int32(*padding)
+        if page is not None:
+            padded = paged(padded, page)
+        ours = run(padded, cache_leftpad=int32(*padding), **options)
+        for name in ("out", "lse"):
+            assert_bitwise(ours[name], expected[name], name=f"T={T} {name}")
+
+
+def test_left_padding_out_of_range_is_refused():
+    arguments = inputs([5, 9], T=1, D=8, E=8, H=2, G=1)
+    before = arguments["k_cache"].clone()
+    for padding, error, words in (
+        ([6, 0], IndexError, r"cache_leftpad\[0\] is 6, expected 0..cache_seqlens\[0\] = 5"),
+        ([0, -1], IndexError, r"cache_leftpad\[1\] is -1"),
+        ([0], ValueError, "cache_leftpad has shape"),
+    ):
+        with pytest.raises(error, match=words):
+            kvcache(**arguments, cache_leftpad=int32(*padding))
+    with pytest.raises(TypeError, match="cache_leftpad has dtype int64"):
+        kvcache(**arguments, cache_leftpad=torch.tensor([0, 0]))
+    assert torch.equal(arguments["k_cache"].view(torch.int64), before.view(torch.int64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rows_are_those_of_a_prefill(name, dtype):

@@ -7,6 +7,7 @@ import torch
 from lm_models import POSITIONS, SHAPES, full_logits, make, random_ids
 
 from pykern.lm import KVCache, Sampler, generate
+from pykern.lm.session import DTYPES
 
 # ---- cache
 
@@ -55,12 +56,18 @@ def test_session_reset_and_nan_in_unused_slots():
     assert session.length == 0 and torch.equal(session.prefill(ids), first)
 
 
-def test_session_weights_are_shared_in_place_or_copied():
-    model = make()
-    shared, copied = model.session(), model.session(dtype="bfloat16")
-    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.parameters(), shared.model.parameters(), strict=True))
-    assert {p.dtype for p in copied.model.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_session_is_a_copy(dtype):
+    """Training the model, its embedding included, changes nothing; a new session sees it."""
+    model, ids = make(), random_ids(1, 10)
+    session = model.session(dtype=dtype)
+    before = session.prefill(ids)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    session.reset()
+    assert torch.equal(session.prefill(ids), before)
+    assert not torch.equal(model.session(dtype=dtype).prefill(ids), before)
 
 
 def test_session_is_in_evaluation_mode_and_leaves_the_model_in_its_own():
@@ -96,18 +103,40 @@ def test_token_out_of_range_is_refused_and_the_cache_untouched(bad):
     assert session.length == 3 and torch.equal(session.cache.k, before)
 
 
-def test_interrupted_step_does_not_count():
+def test_an_interrupted_pass_does_not_count():
     """An exception between two layers leaves the text as long as it was."""
-    model = make()
-    ids = random_ids(1, 6)
-    session = model.session()
-    session.prefill(ids[:, :4])
-    hook = session.model.transformer.h[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    model, ids = make(), random_ids(1, 6)
+    cache = KVCache(2, 1, 4, 24, 4)
+    with torch.no_grad():
+        model.hidden(ids[:, :4], cache)
+        hook = model.transformer.h[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model.hidden(ids[:, 4:5], cache)
+        hook.remove()
+        assert cache.length == 4
+        assert torch.equal(model.logits(model.hidden(ids[:, 4:5], cache))[:, -1], full_logits(model, ids[:, :5])[:, -1])
+
+
+def test_a_prefill_interrupted_between_two_pieces_does_not_count(monkeypatch):
+    model = make(block_size=40)
+    ids, session = random_ids(1, 30), model.session()
+    expected = session.prefill(ids)
+    session.reset()
+    monkeypatch.setattr("pykern.lm.session.CHUNK", 8)
+    session.prefill(ids[:, :3])
+    extend, calls = session.extend, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return extend(*args, **kwargs)
+
+    monkeypatch.setattr(session, "extend", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        session.step(ids[:, 4])
-    hook.remove()
-    assert session.length == 4
-    assert torch.equal(session.step(ids[:, 4]), full_logits(model, ids[:, :5])[:, -1])
+        session.prefill(ids[:, 3:])
+    assert session.length == 3
+    assert torch.equal(session.prefill(ids[:, 3:]), expected) and len(calls) == 7
 
 
 def test_kvcache_truncate():
@@ -229,9 +258,9 @@ def test_streaming_gives_the_tokens_of_generate_one_by_one():
 
 REFUSALS = {
     "quantised session": (
-        lambda: make().session(dtype="int8"),
+        lambda: make().session(dtype="int3"),
         ValueError,
-        "'int8' but must be one of float32, bfloat16",
+        "'int3' but must be one of float32, bfloat16, int8, int4",
     ),
     "session beyond the block": (lambda: make().session(max_len=25), ValueError, "from 1 to block_size 24"),
     "session of nobody": (lambda: make().session(batch=0), ValueError, "batch is 0"),
@@ -256,7 +285,7 @@ REFUSALS = {
         r"must be \[T\] or \[B, T\]",
     ),
     "empty cache": (lambda: KVCache(1, 1, 1, 0, 4), ValueError, "capacity 0"),
-    "truncated beyond": (lambda: KVCache(1, 1, 1, 4, 4).truncate(5), ValueError, "length 5 is outside 0 .. 4"),
+    "truncated beyond": (lambda: KVCache(1, 1, 1, 4, 4).truncate(5), ValueError, "length 5 is outside 0 .. 0"),
 }
 
 

@@ -7,7 +7,7 @@
 namespace pykern {
 
 static constexpr char kExpected[] =
-    ", expected float32, float64, bfloat16, float16, int64, int32 or bool";
+    ", expected float32, float64, bfloat16, float16, int64, int32, uint8 or bool";
 
 static DType dtype_of(dlpack::DataType d, const char* op, const char* name) {
   if (d.lanes == 1) {
@@ -17,6 +17,7 @@ static DType dtype_of(dlpack::DataType d, const char* op, const char* name) {
     if (d.code == dlpack::kBfloat && d.bits == 16) return DType::bf16;
     if (d.code == dlpack::kInt && d.bits == 64) return DType::i64;
     if (d.code == dlpack::kInt && d.bits == 32) return DType::i32;
+    if (d.code == dlpack::kUInt && d.bits == 8) return DType::u8;
     if (d.code == dlpack::kBool && d.bits == 8) return DType::b8;
   }
   constexpr const char* kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};

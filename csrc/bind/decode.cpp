@@ -11,7 +11,7 @@ static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle 
                                    py::handle lse, bool causal, double scale,
                                    bool rotary_interleaved, int64_t left, int64_t right,
                                    double softcap, py::handle alibi_slopes, py::handle sinks,
-                                   py::handle block_table) {
+                                   py::handle block_table, py::handle cache_leftpad) {
   const Borrowed q_(q, kOp, "q"), k_cache_(k_cache, kOp, "k_cache"),
       v_cache_(v_cache, kOp, "v_cache");
   const Optional k_(k, kOp, "k"), v_(v, kOp, "v");
@@ -19,11 +19,12 @@ static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle 
   const Optional rotary_cos_(rotary_cos, kOp, "rotary_cos"),
       rotary_sin_(rotary_sin, kOp, "rotary_sin");
   const Borrowed out_(out, kOp, "out"), lse_(lse, kOp, "lse");
-  const Optional table_(block_table, kOp, "block_table"),
-      slopes_(alibi_slopes, kOp, "alibi_slopes"), sinks_(sinks, kOp, "sinks");
+  const Optional padding_(cache_leftpad, kOp, "cache_leftpad"),
+      table_(block_table, kOp, "block_table"), slopes_(alibi_slopes, kOp, "alibi_slopes"),
+      sinks_(sinks, kOp, "sinks");
   DecodeForward op;
   op.q = q_, op.k_cache = k_cache_, op.v_cache = v_cache_, op.k = k_, op.v = v_;
-  op.cache_seqlens = cache_seqlens_, op.block_table = table_;
+  op.cache_seqlens = cache_seqlens_, op.cache_leftpad = padding_, op.block_table = table_;
   op.rotary_cos = rotary_cos_, op.rotary_sin = rotary_sin_;
   op.rotary_interleaved = rotary_interleaved;
   op.alibi_slopes = slopes_, op.sinks = sinks_;
@@ -40,7 +41,7 @@ void bind_decode(py::module_& m) {
         arg("lse"), py::kw_only(), arg("causal"), arg("scale"), arg("rotary_interleaved"),
         arg("window_left") = -1, arg("window_right") = -1, arg("softcap") = 0.0,
         arg("alibi_slopes") = py::none(), arg("sinks") = py::none(),
-        arg("block_table") = py::none());
+        arg("block_table") = py::none(), arg("cache_leftpad") = py::none());
 }
 
 }  // namespace pykern

@@ -18,11 +18,13 @@ namespace pykern {
   X(embedding) \
   X(linear) \
   X(linear_cross_entropy) \
+  X(lm_step) \
   X(mlp) \
   X(memory) \
   X(norm) \
   X(roofline) \
   X(rope) \
+  X(sampling) \
   X(softmax) \
   /* end of the list */
 // clang-format on
@@ -58,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("isa", runtime::isa);
   m.def("isas", runtime::isas);
+  m.def("panel_width", runtime::panel_width);
+  m.def("pairs_bf16", runtime::pairs_bf16);
   m.def("num_threads", runtime::threads);
   m.def("set_num_threads", runtime::set_threads, py::arg("n"));
   m.def("cuda_status", runtime::cuda_status);

@@ -5,7 +5,7 @@
 
 namespace pykern {
 
-enum class DType : uint8_t { f32, f64, bf16, f16, i32, i64, b8 };
+enum class DType : uint8_t { f32, f64, bf16, f16, i32, i64, b8, u8 };
 enum class Device : uint8_t { cpu, cuda };
 
 constexpr int kMaxRank = 8;

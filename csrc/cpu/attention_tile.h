@@ -33,8 +33,8 @@ struct Group {
   const T* k;
   const T* v;
   int64_t k_row, v_row;
-  const int32_t* pages;  // null: keys lie in order; else key s is row s % page of page s / page
-  int64_t pages_step, page, k_page, v_page;
+  const int32_t* pages;  // null: keys lie in order; else key s is slot first_slot + s of the pages
+  int64_t pages_step, page, k_page, v_page, first_slot;
   const uint8_t* mask;  // null: none; element (h, t, s) by strides
   int64_t mask_head, mask_row, mask_key;
   const T* bias;
@@ -255,12 +255,13 @@ template <class T>
 static TileRows<T> tile_rows(const Group<T>& x, const T* base, int64_t row, int64_t page_stride,
                              int64_t first, int64_t count, int64_t width, Compute<T>* memory) {
   if (!x.pages) return {base + first * row, row};
-  const auto place = [&](int64_t key) {
-    return base + x.pages[key / x.page * x.pages_step] * page_stride + key % x.page * row;
+  const int64_t slot0 = x.first_slot + first;
+  const auto place = [&](int64_t slot) {
+    return base + x.pages[slot / x.page * x.pages_step] * page_stride + slot % x.page * row;
   };
-  if (first % x.page + count <= x.page) return {place(first), row};
+  if (slot0 % x.page + count <= x.page) return {place(slot0), row};
   T* copy = reinterpret_cast<T*>(memory);
-  for (int64_t i = 0; i < count; ++i) memcpy(copy + i * width, place(first + i), width * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) memcpy(copy + i * width, place(slot0 + i), width * sizeof(T));
   return {copy, width};
 }
 template <class T>

@@ -13,7 +13,13 @@ static int64_t length_of(const DecodeForward& op, int64_t b) {
   return static_cast<const int32_t*>(op.cache_seqlens.data)[b * op.cache_seqlens.stride[0]];
 }
 
-// Where key s of sequence b is stored: the batch or page, and the row in it.
+// The slot of its first key.
+static int64_t padding_of(const DecodeForward& op, int64_t b) {
+  if (!op.cache_leftpad.given) return 0;
+  return static_cast<const int32_t*>(op.cache_leftpad.data)[b * op.cache_leftpad.stride[0]];
+}
+
+// Where slot s of sequence b is: the batch or page, and the row in it.
 struct Slot {
   int64_t batch, row;
 };
@@ -53,29 +59,32 @@ static void append(const DecodeForward& op, int threads) {
   const int64_t N = op.k.size[2];
   parallel_for(B * G, threads, [&](int64_t task, int) {
     const int64_t b = task / G, g = task % G, length = length_of(op, b);
+    const int64_t padding = padding_of(op, b);
     for (int64_t n = 0; n < N; ++n) {
       const auto [batch, slot] = slot_of(op, b, length + n);
-      rotate_to<T>(op, row_at<const T>(op.k, b, g, n), length + n, D,
+      rotate_to<T>(op, row_at<const T>(op.k, b, g, n), length - padding + n, D,
                    row_at<T>(op.k_cache, batch, g, slot));
       memcpy(row_at<T>(op.v_cache, batch, g, slot), row_at<const T>(op.v, b, g, n), E * sizeof(T));
     }
   });
 }
 
-// The query heads of key head g in sequence b, which holds S keys.
+// The query heads of key head g in sequence b, which holds S keys behind its padding.
 template <class T>
 static Group<T> group_of_cache(const DecodeForward& op, int64_t b, int64_t g, int64_t S) {
   Group<T> x = {};
   x.heads = op.q.size[1] / op.k_cache.size[1], x.T_ = op.q.size[2], x.S = S;
   x.D = op.q.size[3], x.E = op.v_cache.size[3];
-  const int64_t h = g * x.heads, batch = op.block_table.given ? 0 : b;
+  const int64_t h = g * x.heads, padding = padding_of(op, b);
+  const int64_t batch = op.block_table.given ? 0 : b, row = op.block_table.given ? 0 : padding;
   x.q = {row_at<const T>(op.q, b, h, 0), op.q.stride[1], op.q.stride[2]};
-  x.k = row_at<const T>(op.k_cache, batch, g, 0), x.k_row = op.k_cache.stride[2];
-  x.v = row_at<const T>(op.v_cache, batch, g, 0), x.v_row = op.v_cache.stride[2];
+  x.k = row_at<const T>(op.k_cache, batch, g, row), x.k_row = op.k_cache.stride[2];
+  x.v = row_at<const T>(op.v_cache, batch, g, row), x.v_row = op.v_cache.stride[2];
   if (op.block_table.given) {
     x.pages = static_cast<const int32_t*>(op.block_table.data) + b * op.block_table.stride[0];
     x.pages_step = op.block_table.stride[1], x.page = op.k_cache.size[2];
     x.k_page = op.k_cache.stride[0], x.v_page = op.v_cache.stride[0];
+    x.first_slot = padding;
   }
   if (op.alibi_slopes.given)
     x.slopes = static_cast<const float*>(op.alibi_slopes.data) + b * op.alibi_slopes.stride[0] +
@@ -104,7 +113,7 @@ static Status forward(const DecodeForward& op, int threads) {
     const int64_t b = task / blocks / G, g = task / blocks % G, h = g * heads;
     const int64_t first = task % blocks * kBlockRows;
     const int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
-    Group<T> x = group_of_cache<T>(op, b, g, length_of(op, b) + appended);
+    Group<T> x = group_of_cache<T>(op, b, g, length_of(op, b) + appended - padding_of(op, b));
     if (op.rotary_cos.given) {  // this block's queries, as if the whole group were contiguous
       T* q = rotated.at<T>(thread);
       for (int64_t r = first; r < last; ++r)

@@ -194,7 +194,7 @@ struct Transposing {
 };
 
 template <class T>
-static Status multiply_as(int64_t M, int64_t N, int64_t K, Operand a, Operand b, int threads,
+static Status multiply_as(int64_t M, int64_t N, int64_t K, AnyMatrix a, AnyMatrix b, int threads,
                           TileSink sink) {
   const Matrix<T> A(a.data, a.row, a.column, a.wide), B(b.data, b.row, b.column, b.wide);
   if (M == 0 || N == 0) return Status::ok;
@@ -211,7 +211,7 @@ static Status multiply_as(int64_t M, int64_t N, int64_t K, Operand a, Operand b,
 
 }  // namespace
 
-Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, Operand A, Operand B, int threads,
+Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, AnyMatrix A, AnyMatrix B, int threads,
                 TileSink sink) {
   Status status = Status::ok;
   with_type(dtype, [&]<class T>(T) { status = multiply_as<T>(M, N, K, A, B, threads, sink); });

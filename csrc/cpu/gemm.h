@@ -9,7 +9,7 @@ PYKERN_BEGIN_ISA
 
 // Numbers of type dtype or, where wide, floats that are rounded to it: (i, j) is i * row + j *
 // column.
-struct Operand {
+struct AnyMatrix {
   const void* data;
   int64_t row, column;
   bool wide;
@@ -23,7 +23,7 @@ struct TileSink {
   const void* context;
 };
 
-Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, Operand A, Operand B, int threads,
+Status multiply(DType dtype, int64_t M, int64_t N, int64_t K, AnyMatrix A, AnyMatrix B, int threads,
                 TileSink sink);
 
 namespace {
@@ -47,7 +47,7 @@ struct Matrix {
     return {static_cast<const char*>(data) + (i * row + j * column) * bytes, row, column, wide};
   }
   Matrix transposed() const { return {data, column, row, wide}; }
-  Operand operand() const { return {data, row, column, wide}; }
+  AnyMatrix operand() const { return {data, row, column, wide}; }
 };
 
 template <class T>
@@ -59,10 +59,10 @@ constexpr DType kDType<bf16> = DType::bf16;
 template <>
 constexpr DType kDType<f16> = DType::f16;
 
-// epilogue(row, column, y, n) gets n numbers y of C at once.
+// A sink that calls epilogue(row, column, y, n) with n numbers y of C at once; epilogue must
+// outlive it.
 template <class T, class Epilogue>
-static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, int threads,
-                   const Epilogue& epilogue) {
+static TileSink sink_of(const Epilogue& epilogue) {
   using C = Compute<T>;
   const auto take = [](const void* context, int64_t row, int64_t rows, int64_t column,
                        int64_t columns, const void* tile, int64_t step) {
@@ -72,7 +72,13 @@ static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, in
         each(row + i, column + j, load_n(static_cast<const C*>(tile) + i * step + j, n), n);
       });
   };
-  return multiply(kDType<T>, M, N, K, A.operand(), B.operand(), threads, {take, &epilogue});
+  return {take, &epilogue};
+}
+
+template <class T, class Epilogue>
+static Status gemm(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, int threads,
+                   const Epilogue& epilogue) {
+  return multiply(kDType<T>, M, N, K, A.operand(), B.operand(), threads, sink_of<T>(epilogue));
 }
 
 // sums[j] = the sum of column j of dz [M, N], rows contiguous: a task owns some vectors of columns

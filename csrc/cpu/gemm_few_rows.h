@@ -49,7 +49,7 @@ template <class T, class S, int M>
 [[gnu::noinline]] static void multiply_streamed(const Compute<T>* a, const S* rows, int64_t row,
                                                 int lanes, int64_t K, Vec<Compute<T>> (&total)[M]) {
   using V = Vec<Compute<T>>;
-  constexpr int L = V::lanes, kRun = 16;
+  constexpr int L = V::lanes;
   constexpr int64_t kAhead = 1024 / sizeof(S);
   const int64_t count = units<T>(K);
   V sum[M] = {}, chunk[M] = {};
@@ -78,7 +78,7 @@ template <class T, class S, int M>
     }
     // as in multiply_tile and gemm_tile: chunks, and without FMA runs, are summed by themselves
     const bool end = u + L >= count, chunk_end = end || (u + L) % kChunk<T> == 0;
-    if (kFused ? chunk_end : end || (u + L) % kRun == 0)
+    if (kFused ? chunk_end : end || (u + L) % kShortRun == 0)
       for (int m = 0; m < M; ++m) {
         chunk[m] = kFused ? sum[m] : chunk[m] + sum[m];
         sum[m] = V::zero();

@@ -4,9 +4,8 @@
 //             dweight = sum over rows of dout xhat,  dbias = sum over rows of dout
 #include "ops/norm.h"
 
+#include "cpu/norm_rows.h"
 #include "cpu/parallel.h"
-#include "cpu/reduce.h"
-#include "cpu/rows.h"
 #include "cpu/scratch.h"
 
 PYKERN_BEGIN_ISA
@@ -14,49 +13,11 @@ namespace {
 
 constexpr int64_t kGrain = 16384;  // numbers per task: tens of kilobytes
 
-static inline float root(float x) { return __builtin_sqrtf(x); }
-static inline double root(double x) { return __builtin_sqrt(x); }
-
-// sum = x + residual, rounded to T: out and the backward pass see the h that the caller sees.
-template <class T>
-static void add_row(const T* x, const T* residual, T* sum, int64_t D) {
-  each_vector<Compute<T>>(D, [&](int64_t i, int n) {
-    store_n(sum + i, load_n(x + i, n) + load_n(residual + i, n), n);
-  });
-}
-
-// Mean and variance in two passes, the second one correcting the rounding of the first mean.
-template <class T, class C = Compute<T>>
-static void moments(const T* h, int64_t D, C* mean, C* variance) {
-  const C n = static_cast<C>(D > 0 ? D : 1);
-  C sum[1], rest[2];
-  sum_row(D, sum, [&](int64_t i, int m, Vec<C>* t) { t[0] = load_n(h + i, m); });
-  const C guess = sum[0] / n;
-  sum_row(D, rest, [&](int64_t i, int m, Vec<C>* t) {
-    t[0] = load_n(h + i, m) - Vec<C>::splat(guess);
-    t[1] = t[0] * t[0];
-  });
-  const C shift = rest[0] / n, var = rest[1] / n - shift * shift;
-  *mean = guess + shift;
-  *variance = var < 0 ? 0 : var;
-}
-
-template <class T, class C = Compute<T>>
-static C mean_square(const T* h, int64_t D) {
-  C sum[1];
-  sum_row(D, sum, [&](int64_t i, int n, Vec<C>* t) {
-    const auto v = load_n(h + i, n);
-    t[0] = v * v;
-  });
-  return sum[0] / static_cast<C>(D > 0 ? D : 1);
-}
-
 template <bool centred>
 static Status forward(const NormForward& op, int threads) {
   const int64_t D = row_length(op.x), rows = row_count(op.x);
   with_type(op.x.dtype, [&]<class T>(T) {
     using C = Compute<T>;
-    using V = Vec<C>;
     const Numbers<C> weight(op.weight), bias(op.bias), out(op.out);
     parallel_rows(rows, kGrain / (D + 1) + 1, threads, [&](int64_t first, int64_t last, int) {
       for (int64_t row = first; row < last; ++row) {
@@ -66,25 +27,11 @@ static Status forward(const NormForward& op, int threads) {
           add_row(h, row_of<const T>(op.residual, row), sum, D);
           h = sum;
         }
-        C mean = 0, variance;
-        if constexpr (centred) {
-          moments(h, D, &mean, &variance);
-          static_cast<C*>(op.mean.data)[row] = mean;
-        } else {
-          variance = mean_square(h, D);
-        }
-        const C rstd = 1 / root(variance + static_cast<C>(op.eps));
+        C mean, rstd;
+        normalise_row<centred>(h, D, weight, bias, op.eps, out, row_offset(op.out, row), &mean,
+                               &rstd);
+        if constexpr (centred) static_cast<C*>(op.mean.data)[row] = mean;
         static_cast<C*>(op.rstd.data)[row] = rstd;
-
-        const int64_t to = row_offset(op.out, row);
-        each_vector<C>(D, [&](int64_t i, int n) {
-          V y = load_n(h + i, n);
-          if constexpr (centred) y = y - V::splat(mean);
-          y = y * V::splat(rstd);
-          if (op.weight.given) y = y * weight.load(i, n);
-          if (op.bias.given) y = y + bias.load(i, n);
-          out.store(to + i, y, n);
-        });
       }
     });
   });

@@ -266,6 +266,34 @@ static inline VecF load(const f16* p) {
 #endif
 }
 
+static inline VecF load(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {(VecF::Reg)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {(VecF::Reg)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+#else
+  VecF v;
+  for (int i = 0; i < VecF::lanes; ++i) v.r[i] = p[i];
+  return v;
+#endif
+}
+// the low and the high four bits of as many bytes as there are lanes, 0..15
+static inline void load_nibbles(const uint8_t* p, VecF& low, VecF& high) {
+#if defined(__AVX512F__)
+  const __m512i all = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  low.r = (VecF::Reg)_mm512_cvtepi32_ps(_mm512_and_si512(all, _mm512_set1_epi32(15)));
+  high.r = (VecF::Reg)_mm512_cvtepi32_ps(_mm512_srli_epi32(all, 4));
+#elif defined(__AVX2__)
+  const __m256i all = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  low.r = (VecF::Reg)_mm256_cvtepi32_ps(_mm256_and_si256(all, _mm256_set1_epi32(15)));
+  high.r = (VecF::Reg)_mm256_cvtepi32_ps(_mm256_srli_epi32(all, 4));
+#else
+  for (int i = 0; i < VecF::lanes; ++i) low.r[i] = p[i] & 15, high.r[i] = p[i] >> 4;
+#endif
+}
+
 template <class C>
 static inline void store(C* p, Vec<C> v) {
   memcpy(p, &v.r, sizeof v.r);

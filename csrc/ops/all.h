@@ -7,10 +7,12 @@
 #include "ops/decode.h"
 #include "ops/embedding.h"
 #include "ops/linear.h"
+#include "ops/lm_step.h"
 #include "ops/mlp.h"
 #include "ops/norm.h"
 #include "ops/roofline.h"
 #include "ops/rope.h"
+#include "ops/sampling.h"
 #include "ops/softmax.h"
 
 // X(kernel, argument struct), a line per kernel
@@ -40,6 +42,9 @@
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
   X(linear_cross_entropy, LinearCrossEntropy) \
+  X(lm_step, LmStep) \
+  X(lm_generate, LmGenerate) \
+  X(sample, Sample) \
   X(rope, Rope) \
   X(softmax_forward, SoftmaxForward) \
   X(softmax_backward, SoftmaxBackward) \

@@ -13,6 +13,7 @@ const char* name(DType dtype) {
     case DType::i32: return "int32";
     case DType::i64: return "int64";
     case DType::b8: return "bool";
+    case DType::u8: return "uint8";
   }
   return "unknown";
 }
@@ -25,7 +26,8 @@ int64_t item_size(DType dtype) {
     case DType::i32: return 4;
     case DType::bf16:
     case DType::f16: return 2;
-    case DType::b8: return 1;
+    case DType::b8:
+    case DType::u8: return 1;
   }
   return 8;
 }

@@ -8,11 +8,11 @@ namespace pykern {
 
 static constexpr Checker c{"attention_with_kvcache"};
 
-// The pages that sequence b, of `length` keys, uses.
-static void check_pages(const DecodeForward& op, int64_t b, int64_t length) {
+// The pages that sequence b uses, whose slots end at `length`.
+static void check_pages(const DecodeForward& op, int64_t b, int64_t padding, int64_t length) {
   const int64_t page = op.k_cache.size[2], pages = op.k_cache.size[0];
   const Tensor& table = op.block_table;
-  for (int64_t i = 0; i * page < length; ++i) {
+  for (int64_t i = padding / page; i * page < length; ++i) {
     const int64_t at =
         static_cast<const int32_t*>(table.data)[b * table.stride[0] + i * table.stride[1]];
     PYKERN_CHECK(index, at >= 0 && at < pages, c.op, ": block_table[", b, ", ", i, "] is ", at,
@@ -28,12 +28,18 @@ static void check_lengths(const DecodeForward& op, int64_t appended) {
         static_cast<const int32_t*>(op.cache_seqlens.data)[b * op.cache_seqlens.stride[0]];
     PYKERN_CHECK(index, length >= 0 && length <= capacity, c.op, ": cache_seqlens[", b, "] is ",
                  length, ", expected 0..", capacity);
+    const int64_t padding =
+        op.cache_leftpad.given
+            ? static_cast<const int32_t*>(op.cache_leftpad.data)[b * op.cache_leftpad.stride[0]]
+            : 0;
+    PYKERN_CHECK(index, padding >= 0 && padding <= length, c.op, ": cache_leftpad[", b, "] is ",
+                 padding, ", expected 0..cache_seqlens[", b, "] = ", length);
     PYKERN_CHECK(value, length + appended <= capacity, c.op, ": the cache is full: sequence ", b,
                  " holds ", length, " keys and ", appended,
                  " are appended, but k_cache has room for ", capacity);
-    if (op.block_table.given) check_pages(op, b, length + appended);
+    if (op.block_table.given) check_pages(op, b, padding, length + appended);
     if (!op.rotary_cos.given) continue;
-    const int64_t last = length + appended, first = last - T;
+    const int64_t last = length + appended - padding, first = last - T;
     PYKERN_CHECK(index, T + appended == 0 || (first >= 0 && last <= op.rotary_cos.size[0]), c.op,
                  ": sequence ", b, " rotates positions ", first, "..", last - 1,
                  ", but rotary_cos has ", op.rotary_cos.size[0], " rows");
@@ -43,6 +49,7 @@ static void check_lengths(const DecodeForward& op, int64_t appended) {
 void check(const DecodeForward& op) {
   const Arg q{"q", op.q}, k_cache{"k_cache", op.k_cache}, v_cache{"v_cache", op.v_cache};
   const Arg k{"k", op.k}, v{"v", op.v}, lengths{"cache_seqlens", op.cache_seqlens};
+  const Arg padding{"cache_leftpad", op.cache_leftpad};
   const Arg cos{"rotary_cos", op.rotary_cos}, sin{"rotary_sin", op.rotary_sin};
   const Arg table{"block_table", op.block_table}, slopes{"alibi_slopes", op.alibi_slopes};
   const Arg sinks{"sinks", op.sinks}, out{"out", op.out}, lse{"lse", op.lse};
@@ -90,10 +97,12 @@ void check(const DecodeForward& op) {
     c.rank(sinks, 1, "[H]");
     c.size(sinks, 0, H, "heads of q");
   }
-  c.dtype(lengths, DType::i32);
-  c.same_device(lengths, q);
-  c.rank(lengths, 1, "[B]");
-  c.size(lengths, 0, B, "batch");
+  for (const Arg& a : {lengths, padding}) {
+    c.dtype(a, DType::i32);
+    c.same_device(a, q);
+    c.rank(a, 1, "[B]");
+    c.size(a, 0, B, "batch");
+  }
   PYKERN_CHECK(value, op.rotary_cos.given == op.rotary_sin.given, c.op,
                ": rotary_cos and rotary_sin must be given together");
   if (op.rotary_cos.given) {
@@ -117,7 +126,8 @@ void check(const DecodeForward& op) {
   c.rows_of(lse, q);
   for (const Arg& a : {q, k_cache, v_cache, k, v, cos, sin, out}) c.unit_last(a);
   for (const Arg& a : {k_cache, v_cache, out, lse}) c.output(a);
-  c.disjoint({k_cache, v_cache, out, lse}, {q, k, v, lengths, cos, sin, table, slopes, sinks});
+  c.disjoint({k_cache, v_cache, out, lse},
+             {q, k, v, lengths, padding, cos, sin, table, slopes, sinks});
   PYKERN_CHECK(value, std::isfinite(op.scale), c.op, ": scale is ", op.scale,
                ", expected a finite number");
   PYKERN_CHECK(value, std::isfinite(op.softcap) && op.softcap >= 0, c.op, ": softcap is ",

@@ -7,6 +7,9 @@
 // Sequence b then holds S = cache_seqlens[b] + N keys. Scores, window, caps, slopes and sinks are
 // those of attention. Slots behind S are never read.
 //
+// With cache_leftpad the first key of sequence b is in slot cache_leftpad[b], not 0: positions
+// count from there, and S = cache_seqlens[b] + N - cache_leftpad[b].
+//
 // Paged: with block_table [B, n] the caches are [pages, G, page, D | E], and key s of sequence b is
 // slot s % page of page block_table[b][s / page].
 #pragma once
@@ -17,7 +20,7 @@ namespace pykern {
 struct DecodeForward {
   Tensor q, k_cache, v_cache;
   Tensor k, v;
-  Tensor cache_seqlens;
+  Tensor cache_seqlens, cache_leftpad;  // int32 [B], in slots
   Tensor rotary_cos, rotary_sin;
   Tensor block_table;   // int32 [B, n]
   Tensor alibi_slopes;  // float32, expanded to [B, H]

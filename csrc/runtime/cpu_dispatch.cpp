@@ -70,6 +70,8 @@ PYKERN_OPS(PYKERN_CALL)
 namespace runtime {
 
 const char* isa() { return cpu::table().isa; }
+int panel_width() { return cpu::table().panel_width; }
+bool pairs_bf16() { return cpu::table().pairs_bf16; }
 
 std::vector<std::pair<std::string, bool>> isas() {
   std::vector<std::pair<std::string, bool>> list;

@@ -7,6 +7,8 @@
 namespace pykern::runtime {
 
 const char* isa();  // the one in use: $PYKERN_ISA, or the best that this processor runs
+int panel_width();  // rows of a panel of ops/packed_weight.h, on the ISA in use
+bool pairs_bf16();  // whether it multiplies pairs of bfloat16
 std::vector<std::pair<std::string, bool>> isas();  // built in, best first; does it run here?
 
 int threads();                // of the next kernel; 1 in a forked child

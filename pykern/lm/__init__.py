@@ -14,7 +14,9 @@ _MODULE_OF = {
     "Evaluation": "evaluation",
     "KVCache": "kvcache",
     "NGram": "ngram",
+    "Progress": "batching",
     "Sampler": "sampling",
+    "Sampling": "sampling",
     "Session": "session",
     "Tokenizer": "tokenizer",
     "TrainOptions": "options",
@@ -22,6 +24,7 @@ _MODULE_OF = {
     "Transformer": "model",
     "evaluate": "evaluation",
     "generate": "session",
+    "speculate": "speculative",
     "train": "trainer",
     "validation_batches": "batches",
 }

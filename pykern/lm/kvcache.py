@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far, so that a new token attends to them without computing them again."""
+"""The keys and values of the tokens seen so far, in pages that texts may share."""
 
 from functools import partial
 from typing import Any
@@ -8,12 +8,16 @@ from torch import Tensor
 
 from pykern import ops
 
+PAGE = 64  # keys; a tile of the attention kernel is read where it lies when it is within one page
+
 
 class KVCache:
-    """k, v [n_layer, B, n_kv_head, capacity, head size]; the first `length` slots of every sequence are filled.
+    """k, v [n_layer, pages, n_kv_head, page, head size]: key s of text b is slot s % page of page table[b, s // page].
 
-    attend() writes new keys and values behind the filled slots; they count once advance() says so, which is the last
-    thing a forward pass does: a pass that fails half-way leaves the cache as it was.
+    A text holds at most `capacity` tokens, and all of them together as many as there are pages, by default enough for
+    every text to be full. Pages are taken as texts grow. fork() lets two texts share pages; the one that writes first
+    into a shared page gets a copy of it. Written keys count once advance() says so, which is the last thing a forward
+    pass does: a pass that fails half-way leaves the cache as it was.
     """
 
     def __init__(
@@ -25,31 +29,150 @@ class KVCache:
         head_size: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        *,
+        page: int = PAGE,
+        pages: int | None = None,
     ) -> None:
-        if min(n_layer, batch, n_kv_head, capacity, head_size) < 1:
+        if min(n_layer, batch, n_kv_head, capacity, head_size, page) < 1:
             raise ValueError(
                 f"KVCache: sizes must be positive, not n_layer {n_layer}, batch {batch}, n_kv_head {n_kv_head},"
-                f" capacity {capacity}, head_size {head_size}"
+                f" capacity {capacity}, head_size {head_size}, page {page}"
             )
-        self.k = torch.zeros(n_layer, batch, n_kv_head, capacity, head_size, dtype=dtype, device=device)
+        self.capacity, self.page = capacity, page
+        per_text = -(-capacity // page)
+        pages = batch * per_text if pages is None else pages
+        if pages < 1:
+            raise ValueError(f"KVCache: pages is {pages} but must be at least 1")
+        self.k = torch.zeros(n_layer, pages, n_kv_head, page, head_size, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
-        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.length = 0
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[3]
+        self.table = torch.zeros(batch, per_text, dtype=torch.int32, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each text, in order
+        self._users = [0] * pages
+        self._free = list(range(pages - 1, -1, -1))
 
     @property
     def batch(self) -> int:
-        return self.k.shape[1]
+        return self.table.shape[0]
 
-    def require(self, n: int) -> None:
-        """ValueError unless n more tokens fit."""
-        if self.length + n > self.capacity:
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths.max())
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def _needed(self, text: int, n: int) -> int:
+        """Pages that the text lacks for n more tokens, a copy of a shared last page included."""
+        length = int(self.lengths[text])
+        if length + n > self.capacity:
+            raise ValueError(f"KVCache: full: {n} more tokens after {length} exceed its capacity of {self.capacity}")
+        pages = self._pages[text]
+        lacking = max(0, -(-(length + n) // self.page) - len(pages))
+        shared = n > 0 and length // self.page < len(pages) and self._users[pages[length // self.page]] > 1
+        return lacking + shared
+
+    def require(self, n: int, texts: list[int] | None = None) -> None:
+        """ValueError unless n more tokens fit into each of the texts (all, when None); takes nothing."""
+        chosen = range(self.batch) if texts is None else texts
+        needed = sum(self._needed(text, n) for text in chosen)
+        if needed > len(self._free):
             raise ValueError(
-                f"KVCache: full: {n} more tokens after {self.length} exceed its capacity of {self.capacity}"
+                f"KVCache: full: {n} more tokens in {len(chosen)} texts need {needed} pages of {self.page}, "
+                f"{len(self._free)} are free"
             )
+
+    def reserve(self, n: int, texts: list[int] | None = None) -> None:
+        """Gives each of the texts the pages that n more tokens need, its own ones; or ValueError, and takes nothing."""
+        self.require(n, texts)
+        for text in range(self.batch) if texts is None else texts:
+            length, pages = int(self.lengths[text]), self._pages[text]
+            at = length // self.page
+            if n > 0 and at < len(pages) and self._users[pages[at]] > 1:
+                old, new = pages[at], self._take()
+                self._users[old] -= 1
+                self.k[:, new], self.v[:, new] = self.k[:, old], self.v[:, old]
+                pages[at] = new
+                self.table[text, at] = new
+            while len(pages) * self.page < length + n:
+                pages.append(self._take())
+                self.table[text, len(pages) - 1] = pages[-1]
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._users[page] = 1
+        return page
+
+    def _release(self, text: int, keep: int) -> None:
+        """Gives back the text's pages but the first `keep`."""
+        pages = self._pages[text]
+        while len(pages) > keep:
+            page = pages.pop()
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                self._free.append(page)
+
+    def advance(self, n: int, texts: list[int] | None = None) -> None:
+        """The n tokens that every layer has stored now count."""
+        for text in range(self.batch) if texts is None else texts:
+            if int(self.lengths[text]) + n > len(self._pages[text]) * self.page:
+                raise ValueError(f"KVCache: text {text} has no pages for {n} more tokens: reserve() them first")
+            self.lengths[text] += n
+
+    def truncate(self, length: int, text: int | None = None) -> None:
+        """Forgets all tokens of the text (of all texts, when None) from position `length` on."""
+        texts = range(self.batch) if text is None else (text,)
+        if not 0 <= length <= min(self.capacity, *(int(self.lengths[t]) for t in texts), self.capacity):
+            raise ValueError(f"KVCache: length {length} is outside 0 .. {min(int(self.lengths[t]) for t in texts)}")
+        for t in texts:
+            self.lengths[t] = length
+            self._release(t, -(-length // self.page))
+
+    def reset(self) -> None:
+        """Forgets all texts."""
+        self.truncate(0)
+
+    def fork(self, source: int, target: int) -> None:
+        """Makes text `target` what `source` is, on the same pages; what either writes afterwards is its own."""
+        for name, text in (("source", source), ("target", target)):
+            if not 0 <= text < self.batch:
+                raise IndexError(f"KVCache: {name} is {text} but there are {self.batch} texts")
+        if source == target:
+            return
+        self._release(target, 0)
+        for at, page in enumerate(self._pages[source]):
+            self._users[page] += 1
+            self._pages[target].append(page)
+            self.table[target, at] = page
+        self.lengths[target] = self.lengths[source]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Adds n tokens to every text: k, v [n_layer, batch, n_kv_head, n, head size] in the cache's dtype."""
+        expected = (self.k.shape[0], self.batch, self.k.shape[2], k.shape[3] if k.dim() == 5 else -1, self.k.shape[4])
+        for name, x in (("k", k), ("v", v)):
+            if tuple(x.shape) != expected:
+                raise ValueError(f"KVCache: {name} has shape {tuple(x.shape)} but must be {expected}")
+            if x.dtype != self.k.dtype:
+                raise TypeError(f"KVCache: {name} is {x.dtype} but the cache {self.k.dtype}")
+        n = k.shape[3]
+        self.reserve(n)
+        for text in range(self.batch):
+            for i in range(n):
+                at = int(self.lengths[text]) + i
+                page, slot = self._pages[text][at // self.page], at % self.page
+                self.k[:, page, :, slot], self.v[:, page, :, slot] = k[:, text, :, i], v[:, text, :, i]
+        self.advance(n)
+
+    def keys_and_values(self, layer: int, text: int) -> tuple[Tensor, Tensor]:
+        """k, v [n_kv_head, length, head size] of one text in one layer: copies."""
+        pages = self.table[text, : len(self._pages[text])].long()
+        length = int(self.lengths[text])
+        k, v = (x[layer, pages].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.k, self.v))
+        return k, v
+
+    # ---- the `cache` argument of pykern.nn's blocks
 
     def layer(self, i: int):
         """attend() of layer i, the `cache` argument of a block."""
@@ -67,30 +190,19 @@ class KVCache:
     ) -> Any:
         """Stores k, v [B, n_kv_head, T, head size]; causal attention of q [B, n_head, T, head size] over all keys.
 
-        bias, broadcastable to [B, n_head, T, length + T], is added to the scores; alibi_slopes are those of attention.
+        bias, broadcastable to [B, n_head, T, length + T], is added to the scores: all texts then have one length.
+        alibi_slopes are those of attention. The pages must have been reserved.
         """
-        self.require(k.shape[2])
+        attended = ops.attention_with_kvcache(
+            *(q, self.k[i], self.v[i], k, v),
+            cache_seqlens=self.lengths,
+            block_table=self.table,
+            alibi_slopes=alibi_slopes,
+            causal=True,
+        )
         if bias is None:
-            return ops.attention_with_kvcache(
-                q, self.k[i], self.v[i], k, v, cache_seqlens=self.seqlens, alibi_slopes=alibi_slopes, causal=True
-            )
-        end = self.length + k.shape[2]
-        self.k[i, :, :, self.length : end] = k
-        self.v[i, :, :, self.length : end] = v
-        keys, values = self.k[i, :, :, :end], self.v[i, :, :, :end]
+            return attended
+        S = self.length + k.shape[2]
+        pages = self.table[:, : -(-S // self.page)].long()
+        keys, values = (x[i, pages].transpose(1, 2).flatten(2, 3)[:, :, :S] for x in (self.k, self.v))
         return ops.attention(q, keys, values, bias=bias, alibi_slopes=alibi_slopes, causal=True)
-
-    def advance(self, n: int) -> None:
-        """The n tokens that every layer has stored now count."""
-        self.require(n)
-        self.truncate(self.length + n)
-
-    def truncate(self, length: int) -> None:
-        """Forgets all tokens from position `length` on."""
-        if not 0 <= length <= self.capacity:
-            raise ValueError(f"KVCache: length {length} is outside 0 .. {self.capacity}")
-        self.length = length
-        self.seqlens.fill_(length)
-
-    def reset(self) -> None:
-        self.truncate(0)

@@ -140,7 +140,9 @@ class Transformer(torch.nn.Module):
                 else f"Transformer: {T} tokens after {start} in the cache exceed block_size {self.config.block_size}"
             )
         if cache is not None:
-            cache.require(T)
+            if not bool((cache.lengths == start).all()):
+                raise ValueError(f"Transformer: the cache holds texts of lengths {cache.lengths.tolist()}, not of one")
+            cache.reserve(T)
         x = self.embed(ids, start)
         place = self.position_arguments(start, T, x)
         for i, block in enumerate(self.transformer.h):
@@ -169,7 +171,7 @@ class Transformer(torch.nn.Module):
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def session(self, dtype: str = "float32", max_len: int | None = None, batch: int = 1) -> Session:
-        """A reader that keeps the keys and values of what it has read. max_len None is block_size."""
+        """A reader with a packed copy of the weights, "float32", "bfloat16", "int8" or "int4". max_len: block_size."""
         return Session(self, dtype=dtype, max_len=max_len, batch=batch)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -1,18 +1,68 @@
-"""Choosing the next token from logits: greedy, or a draw from the softmax after temperature, top-k and top-p."""
+"""Choosing the next token from logits: greedy, or a draw from the softmax after temperature and what cuts its tail."""
 
 import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pykern.config import _C
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature 0 takes the most likely token (the lowest id among equals): greedy, a heuristic search that need not
+    find the most likely text. Otherwise one token is drawn from the candidates in proportion to
+    exp(logit / temperature); with no cut and temperature 1 that is exact (ancestral) sampling from the model.
+    Candidates are the top_k most likely tokens, of those the smallest set, most likely first, whose share reaches
+    top_p, and of those the ones at least min_p times as likely as the first. repetition_penalty divides the positive
+    and multiplies the negative logits of tokens that the text already holds (Keskar et al., arXiv 1909.05858).
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature} but must be 0 (greedy) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k is {self.top_k} but must be at least 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p} but must be above 0 and at most 1")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p} but must be from 0 to 1")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty} but must be a positive number")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the compiled kernels, where 0 is no top_k and 1 no top_p."""
+        return {**asdict(self), "top_k": self.top_k or 0, "top_p": 1.0 if self.top_p is None else self.top_p}
+
+
+def first_seed(seed: int | None) -> int:
+    """seed, or one from the system's entropy; ValueError unless it is from 0 to 2^63 - 1."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed} but must be from 0 to 2^63 - 1")
+    return torch.Generator().seed() % 2**63 if seed is None else seed
+
+
+def seeds_of(seed: int | None, batch: int) -> Tensor:
+    """int64 [batch]: seed + row, modulo 2^63."""
+    first = first_seed(seed)
+    return torch.tensor([(first + row) % 2**63 for row in range(batch)], dtype=torch.int64)
+
 
 class Sampler:
-    """Chooses ids [B] from logits [B, V].
+    """Chooses ids [B] from logits [B, V]; options are those of Sampling.
 
-    temperature 0 takes the most likely token (the lowest id among equals). Otherwise the candidates are the top_k most
-    likely tokens, of those the smallest set, most likely first, whose renormalised probability reaches top_p, and one
-    is drawn. Row b draws from its own stream, seeded with seed + b: same seed, same choice, whatever the other rows
-    are.
+    Row b draws from its own stream, seeded with seed + b: same seed, same choices, whatever the other rows are. The
+    n-th draw of a stream is a function of its seed and n (Philox4x32-10).
     """
 
     def __init__(
@@ -22,47 +72,50 @@ class Sampler:
         top_p: float | None = None,
         seed: int | None = None,
         batch: int = 1,
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
     ) -> None:
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature} but must be 0 (greedy) or a positive number")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k is {top_k} but must be at least 1")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p is {top_p} but must be above 0 and at most 1")
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed is {seed} but must be from 0 to 2^63 - 1")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        first = torch.Generator().seed() % 2**63 if seed is None else seed
-        self.streams = [torch.Generator().manual_seed((first + row) % 2**63) for row in range(batch)]
+        self.options = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        )
+        self.seeds = seeds_of(seed, batch)
+        self.draws = torch.zeros(batch, dtype=torch.int64)
 
     def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """(p, ids), each [B, candidates]: the distribution that is drawn from, float64; p is 0 for what is left out."""
-        logits = logits.double()
-        if self.top_k is None and self.top_p is None:
-            ids = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
-        else:
-            logits, ids = logits.sort(dim=-1, descending=True, stable=True)
-        if self.top_k is not None:
-            logits, ids = logits[:, : self.top_k], ids[:, : self.top_k]
-        p = ((logits - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
-        if self.top_p is not None:
-            before = p.cumsum(-1) - p  # the probability of the tokens ahead of this one
-            p = p.where(before < self.top_p, 0.0)
-            p = p / p.sum(-1, keepdim=True)
-        return p, ids
+        """(p, ids), each [B, candidates]: the distribution that is drawn from, float64; p is 0 for what is left out.
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """ids [B] int64 for logits [B, V]."""
-        if not torch.isfinite(logits.amax(-1)).all():
+        Without repetition_penalty, which depends on the text.
+        """
+        options, logits = self.options, logits.double()
+        p = ((logits - logits.amax(-1, keepdim=True)) / options.temperature).softmax(-1)
+        p, ids = p.sort(dim=-1, descending=True, stable=True)
+        if options.top_k is not None:
+            p, ids = p[:, : options.top_k], ids[:, : options.top_k]
+            p = p / p.sum(-1, keepdim=True)
+        kept = p >= options.min_p * p[:, :1]
+        if options.top_p is not None:
+            kept &= p.cumsum(-1) - p < options.top_p  # the probability of the tokens ahead of this one
+        p = p.where(kept, 0.0)
+        return p / p.sum(-1, keepdim=True), ids
+
+    def __call__(self, logits: Tensor, history: Tensor | None = None) -> Tensor:
+        """ids [B] int64 for logits [B, V]; history [B, n] int64 is the text, which only repetition_penalty looks at.
+
+        ValueError for logits without a finite maximum.
+        """
+        B = logits.shape[0]
+        if len(self.seeds) != B:
+            raise ValueError(f"sampling: logits have {B} rows but the sampler {len(self.seeds)} streams")
+        ids = torch.empty(B, dtype=torch.int64)
+        counts = None if history is None else torch.full((B,), history.shape[1], dtype=torch.int64)
+        _C.sample(
+            logits if logits.stride(-1) == 1 else logits.contiguous(),
+            *(self.seeds, self.draws),
+            *(None if history is None else history.contiguous(), counts, ids),
+            **self.options.arguments(),
+        )
+        if (ids < 0).any():
             raise ValueError("sampling: logits have no finite maximum (NaN or infinity)")
-        if self.temperature == 0.0:
-            return logits.argmax(-1)
-        p, ids = self.probabilities(logits)
-        cumulative = p.cumsum(-1)
-        total = cumulative[:, -1:].contiguous()
-        draw = torch.stack([torch.rand(1, generator=s, dtype=torch.float64) for s in self.streams]).to(p.device) * total
-        chosen = torch.searchsorted(
-            cumulative, draw, right=True
-        )  # the first whose cumulative probability exceeds the draw
-        last = torch.searchsorted(cumulative, total)  # where a draw that was rounded up to the total belongs
-        return ids.gather(-1, chosen.minimum(last)).squeeze(-1)
+        self.draws += 1
+        return ids

@@ -15,6 +15,7 @@ def attention_with_kvcache(
     v: Tensor | None = None,
     *,
     cache_seqlens: Tensor,
+    cache_leftpad: Tensor | None = None,
     block_table: Tensor | None = None,
     rotary_cos: Tensor | None = None,
     rotary_sin: Tensor | None = None,
@@ -35,6 +36,8 @@ def attention_with_kvcache(
     rotary_cos, rotary_sin [positions, R/2], R <= D, in q's dtype or float32: q and k are rotated to their positions
     first. One dtype: float32, float64, bfloat16 or float16. scale: 1 / sqrt(D) by default.
     window, softcap, alibi_slopes and sinks: as in pykern.attention.
+    cache_leftpad int32 [B], at most cache_seqlens: the slots in front of it are padding, never read; the first key is
+    behind it, at position 0, and S = cache_seqlens[b] + N - cache_leftpad[b]. The bits are those without padding.
     block_table int32 [B, n]: the caches are [pages, G, page, D|E], any page size, and key s of sequence b is slot
     s % page of page block_table[b, s // page]; entries behind the last key are not looked at.
     Each row has the bits of the same row of pykern.attention(..., causal=True) over all keys.
@@ -43,7 +46,7 @@ def attention_with_kvcache(
     """
     require_tensors("attention_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
     optional_tensors("attention_with_kvcache", k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    optional_tensors("attention_with_kvcache", block_table=block_table, sinks=sinks)
+    optional_tensors("attention_with_kvcache", cache_leftpad=cache_leftpad, block_table=block_table, sinks=sinks)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, k, v)):
         raise RuntimeError(
             "attention_with_kvcache: has no gradient; call it under torch.no_grad() or detach its inputs"
@@ -77,6 +80,7 @@ def attention_with_kvcache(
         alibi_slopes=slopes_of("attention_with_kvcache", alibi_slopes, q.shape[0], q.shape[1]),
         sinks=sinks,
         block_table=block_table,
+        cache_leftpad=cache_leftpad,
     )
     if k is not None:
         torch.autograd.graph.increment_version([k_cache, v_cache])

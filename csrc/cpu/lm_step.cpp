@@ -1,0 +1,371 @@
+// lm_step: the layers of a language model as loops of one team of threads. A layer is six loops:
+// norm, qkv, attention with the append, projection, and after the second norm up and down.
+#include "ops/lm_step.h"
+
+#include "cpu/activate.h"
+#include "cpu/attention_forward.h"
+#include "cpu/norm_rows.h"
+#include "cpu/panels.h"
+#include "cpu/rotate.h"
+#include "cpu/sampling.h"
+
+PYKERN_BEGIN_ISA
+namespace {
+
+// The rows of one text in a step.
+struct Text {
+  int64_t first, rows, length;
+  const int32_t* pages;
+  int64_t pages_step;
+};
+
+static Text text_of(const LmStep& op, int64_t s) {
+  const auto at = [](const Tensor& t, int64_t i) {
+    return static_cast<const int32_t*>(t.data)[i * t.stride[0]];
+  };
+  const int64_t first = at(op.first_rows, s);
+  return {first, at(op.first_rows, s + 1) - first, at(op.lengths, s),
+          static_cast<const int32_t*>(op.block_table.data) + s * op.block_table.stride[0],
+          op.block_table.stride[1]};
+}
+
+// What is between the layers and inside them: a matrix of R rows each.
+template <class T>
+struct Work {
+  const int64_t E, Q, H;  // widths: of the stream, of q, k and v together, inside the MLP
+  const Scratch stream, normed, qkv, hidden, gate, last;
+  const ProductMemory<T> product;
+  const Scratch attention;
+
+  static int64_t bytes(int64_t rows, int64_t width) { return rows * width * sizeof(T); }
+  Work(const LmModel& m, int64_t rows, int64_t texts, int threads)
+      : E(m.embedding.size[1]),
+        Q((m.n_head + 2 * m.n_kv_head) * m.head_size),
+        H(m.hidden),
+        stream(bytes(rows, E)),
+        normed(bytes(rows, E)),
+        qkv(bytes(rows, Q)),
+        hidden(bytes(rows, H)),
+        gate(m.layers[0].gate.panels.given ? bytes(rows, H) : 0),
+        last(bytes(texts, E)),
+        product(rows, E > H ? E : H, kWidened<T, WeightKind::numbers> || quantised(m), threads),
+        attention(forward_bytes<T>(m.head_size, m.head_size), threads) {}
+  static bool quantised(const LmModel& m) {
+    bool some = m.head.kind != WeightKind::numbers;
+    for (int64_t i = 0; i < m.n_layer; ++i) {
+      const LmLayer& l = m.layers[i];
+      const PackedWeight* const weights[] = {&l.attn, &l.proj, &l.up, &l.gate, &l.down};
+      for (const PackedWeight* w : weights) some = some || w->kind != WeightKind::numbers;
+    }
+    return some;
+  }
+  bool ok() const {
+    return stream.ok() && normed.ok() && qkv.ok() && hidden.ok() && gate.ok() && last.ok() &&
+           product.ok() && attention.ok();
+  }
+};
+
+template <class T>
+static void embed_row(const LmModel& m, int64_t token, int64_t position, int64_t E, T* x) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  const T* from = static_cast<const T*>(m.embedding.data) + token * E;
+  if (m.embedding_scale == 1) {
+    memcpy(x, from, E * sizeof(T));
+  } else {
+    const V scale = V::splat(static_cast<C>(m.embedding_scale));
+    each_vector<C>(E, [&](int64_t i, int n) { store_n(x + i, load_n(from + i, n) * scale, n); });
+  }
+  if (!m.positions.given) return;
+  const T* table = static_cast<const T*>(m.positions.data) + position * E;
+  each_vector<C>(
+      E, [&](int64_t i, int n) { store_n(x + i, load_n(x + i, n) + load_n(table + i, n), n); });
+}
+
+template <class T>
+static void normalise(const LmModel& m, const T* x, const Tensor& weight, const Tensor& bias,
+                      int64_t E, T* out) {
+  using C = Compute<T>;
+  C mean, rstd;
+  const Numbers<C> w(weight), b(bias), to(out, kDType<T>);
+  if (m.layer_norm)
+    normalise_row<true>(x, E, w, b, m.norm_eps, to, 0, &mean, &rstd);
+  else
+    normalise_row<false>(x, E, w, b, m.norm_eps, to, 0, &mean, &rstd);
+}
+
+// The heads of q and k of one row: normalised and rotated, in place.
+template <class T>
+static void place_heads(const LmModel& m, int64_t heads, int64_t position, T* x) {
+  using C = Compute<T>;
+  const int64_t D = m.head_size;
+  const Numbers<C> none(nullptr, kDType<T>);
+  for (int64_t h = 0; h < heads; ++h, x += D) {
+    C mean, rstd;
+    if (m.qk_norm)
+      normalise_row<false>(x, D, none, none, m.qk_norm_eps, Numbers<C>(x, kDType<T>), 0, &mean,
+                           &rstd);
+    if (!m.rotary_cos.given) continue;
+    const float* cos = static_cast<const float*>(m.rotary_cos.data) + position * (D / 2);
+    const float* sin = static_cast<const float*>(m.rotary_sin.data) + position * (D / 2);
+    rotate_row<false>(x, cos, sin, 1, D / 2, D, x);
+  }
+}
+
+// Puts key head g of the text's new tokens into the cache, and readies its queries.
+template <class T>
+static void append_head(const LmModel& m, const LmLayer& layer, const Text& text, int64_t g, T* qkv,
+                        int64_t Q) {
+  const int64_t D = m.head_size, heads = m.n_head / m.n_kv_head, page = layer.k_cache.size[2];
+  for (int64_t i = 0; i < text.rows; ++i) {
+    const int64_t position = text.length + i;
+    T* row = qkv + (text.first + i) * Q;
+    T *k = row + (m.n_head + g) * D, *v = row + (m.n_head + m.n_kv_head + g) * D;
+    place_heads(m, heads, position, row + g * heads * D);
+    place_heads(m, 1, position, k);
+    const int64_t id = text.pages[position / page * text.pages_step], slot = position % page;
+    memcpy(row_at<T>(layer.k_cache, id, g, slot), k, D * sizeof(T));
+    memcpy(row_at<T>(layer.v_cache, id, g, slot), v, D * sizeof(T));
+  }
+}
+
+// The query heads of key head g, over all keys of the text.
+template <class T>
+static Group<T> group_of_text(const LmModel& m, const LmLayer& layer, const Text& text, int64_t g,
+                              const T* qkv, int64_t Q) {
+  Group<T> x = {};
+  const int64_t D = m.head_size, heads = m.n_head / m.n_kv_head, h = g * heads;
+  x.heads = heads, x.T_ = text.rows, x.S = text.length + text.rows, x.D = x.E = D;
+  x.q = {qkv + text.first * Q + h * D, D, Q};
+  x.k = row_at<const T>(layer.k_cache, 0, g, 0), x.k_row = layer.k_cache.stride[2];
+  x.v = row_at<const T>(layer.v_cache, 0, g, 0), x.v_row = layer.v_cache.stride[2];
+  x.pages = text.pages, x.pages_step = text.pages_step, x.page = layer.k_cache.size[2];
+  x.k_page = layer.k_cache.stride[0], x.v_page = layer.v_cache.stride[0];
+  if (m.alibi_slopes.given) x.slopes = static_cast<const float*>(m.alibi_slopes.data) + h;
+  x.slope_head = 1;
+  if (m.distance_bias.given) {  // key s and query t: max_len - 1 - (length + t) + s
+    const int64_t width = m.distance_bias.size[1];
+    x.bias = static_cast<const T*>(m.distance_bias.data) + h * width + m.max_len - 1 - text.length;
+    x.bias_head = width, x.bias_row = -1, x.bias_key = 1;
+  }
+  set_window(x, -1, 0);
+  set_scores(x, m.scale, 0);
+  return x;
+}
+
+template <class T>
+static void attend(Team& team, const LmStep& op, const LmLayer& layer, const Work<T>& work) {
+  const LmModel& m = *op.model;
+  const int64_t S = op.lengths.size[0], R = op.tokens.size[0], G = m.n_kv_head;
+  const int64_t heads = m.n_head / G, D = m.head_size;
+  T* const qkv = work.qkv.template at<T>();
+  Tensor out;  // [1, heads, R, D] over rows of E
+  out.data = work.normed.template at<T>();
+  out.size[0] = 1, out.size[1] = m.n_head, out.size[2] = R, out.size[3] = D;
+  out.stride[0] = 0, out.stride[1] = D, out.stride[2] = work.E, out.stride[3] = 1;
+  const Tensor no_lse;
+  int64_t most = 0;  // rows of a group
+  for (int64_t s = 0; s < S; ++s) {
+    const int64_t rows = heads * text_of(op, s).rows;
+    most = rows > most ? rows : most;
+  }
+  const int64_t blocks = (most + kBlockRows - 1) / kBlockRows;
+  const auto block = [&](const Text& text, int64_t g, int64_t first) {
+    const int64_t rows = heads * text.rows;
+    if (first >= rows) return;
+    const Group<T> x = group_of_text<T>(m, layer, text, g, qkv, work.Q);
+    forward_block<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows,
+                     {out, no_lse, 0, g * heads, text.first},
+                     work.attention.template at<char>(team.thread()));
+  };
+  if (blocks == 1) {  // whoever appends the keys of a head attends to them
+    team.loop(S * G, [&](int64_t i) {
+      const Text text = text_of(op, i / G);
+      append_head<T>(m, layer, text, i % G, qkv, work.Q);
+      block(text, i % G, 0);
+    });
+    return;
+  }
+  team.loop(S * G,
+            [&](int64_t i) { append_head<T>(m, layer, text_of(op, i / G), i % G, qkv, work.Q); });
+  team.loop(S * G * blocks, [&](int64_t i) {
+    block(text_of(op, i / blocks / G), i / blocks % G, i % blocks * kBlockRows);
+  });
+}
+
+// to [R, N] = x w^T + bias, plus what is there where `adds`
+template <class T>
+static void project(Team& team, const PackedWeight& w, const Tensor& bias_, const T* x, int64_t R,
+                    const Work<T>& work, bool adds, T* to) {
+  using C = Compute<T>;
+  const Numbers<C> bias(bias_);
+  product<T>(team, w, x, w.K, R, work.product, [&](int64_t row, int64_t column, Vec<C> y, int n) {
+    if (bias.data) y = y + bias.load(column, n);
+    T* at = to + row * w.N + column;
+    if (adds) y = y + load_n(at, n);
+    store_n(at, y, n);
+  });
+}
+
+template <class T>
+static void mlp(Team& team, const LmModel& m, const LmLayer& layer, int64_t R,
+                const Work<T>& work) {
+  using C = Compute<T>;
+  T *const hidden = work.hidden.template at<T>(), *const gate = work.gate.template at<T>();
+  const T* x = work.normed.template at<T>();
+  const bool gated = layer.gate.panels.given;
+  if (gated) project<T>(team, layer.gate, layer.gate_bias, x, R, work, false, gate);
+  const Numbers<C> bias(layer.up_bias);
+  product<T>(team, layer.up, x, work.E, R, work.product,
+             [&](int64_t row, int64_t column, Vec<C> y, int n) {
+               const int64_t i = row * work.H + column;
+               if (bias.data) y = y + bias.load(column, n);
+               y = gated ? activate_any(m.activation, load_n(gate + i, n)) * y
+                         : activate_any(m.activation, y);
+               store_n(hidden + i, y, n);
+             });
+  project<T>(team, layer.down, layer.down_bias, hidden, R, work, true,
+             work.stream.template at<T>());
+}
+
+// The step, by every thread of the team. logits: rows of V numbers, `step` apart; null: none
+// wanted.
+template <class T>
+static void step(Team& team, const LmStep& op, const int64_t* tokens, T* logits, int64_t logits_row,
+                 bool last_rows, const Work<T>& work) {
+  using C = Compute<T>;
+  const LmModel& m = *op.model;
+  const int64_t R = op.tokens.size[0], S = op.lengths.size[0], E = work.E;
+  T *const x = work.stream.template at<T>(), *const y = work.normed.template at<T>();
+  const auto norm_rows = [&](const Tensor& weight, const Tensor& bias) {
+    team.loop(R, [&](int64_t i) { normalise(m, x + i * E, weight, bias, E, y + i * E); });
+  };
+  team.loop(S, [&](int64_t s) {
+    const Text text = text_of(op, s);
+    for (int64_t i = 0; i < text.rows; ++i)
+      embed_row<T>(m, tokens[text.first + i], text.length + i, E, x + (text.first + i) * E);
+  });
+  for (int64_t i = 0; i < m.n_layer; ++i) {
+    const LmLayer& layer = m.layers[i];
+    norm_rows(layer.ln_1_weight, layer.ln_1_bias);
+    project<T>(team, layer.attn, layer.attn_bias, y, R, work, false, work.qkv.template at<T>());
+    attend<T>(team, op, layer, work);
+    project<T>(team, layer.proj, layer.proj_bias, y, R, work, true, x);
+    norm_rows(layer.ln_2_weight, layer.ln_2_bias);
+    mlp<T>(team, m, layer, R, work);
+  }
+  if (!logits) return;
+  const int64_t outputs = last_rows ? S : R;
+  T* const states = last_rows ? work.last.template at<T>() : y;
+  team.loop(outputs, [&](int64_t i) {
+    const Text text = text_of(op, last_rows ? i : 0);
+    const int64_t row = last_rows ? text.first + text.rows - 1 : i;
+    normalise(m, x + row * E, m.ln_f_weight, m.ln_f_bias, E, states + i * E);
+  });
+  product<T>(team, m.head, states, E, outputs, work.product,
+             [&](int64_t row, int64_t column, Vec<C> v, int n) {
+               store_n(logits + row * logits_row + column, v, n);
+             });
+}
+
+template <class T>
+static Status run_step(const LmStep& op, int threads) {
+  const int64_t R = op.tokens.size[0], S = op.lengths.size[0];
+  const Work<T> work(*op.model, R, S, threads);
+  if (!work.ok()) return Status::out_of_memory;
+  const bool last = op.logits.given && op.logits.size[0] == S;
+  with_team(threads, [&](Team team) {
+    step<T>(team, op, static_cast<const int64_t*>(op.tokens.data), static_cast<T*>(op.logits.data),
+            op.logits.stride[0], last, work);
+  });
+  return Status::ok;
+}
+
+// What the texts of lm_generate carry from one token to the next.
+struct Running {
+  int64_t* tokens;
+  int32_t* lengths;
+  int64_t steps;
+  bool stopped;
+};
+
+static bool is_stop(const LmGenerate& op, int64_t id) {
+  bool found = id < 0;
+  for (int64_t i = 0; op.stop_tokens.given && i < op.stop_tokens.size[0]; ++i)
+    found = found || static_cast<const int64_t*>(op.stop_tokens.data)[i] == id;
+  return found;
+}
+
+// Draws the next token of text s and writes it where the next step and the caller look.
+template <class T>
+static void draw(const LmGenerate& op, int64_t s, int64_t k, const T* logits, double* logit,
+                 int32_t* order, Running& running) {
+  const int64_t V = op.step.model->vocabulary;
+  const auto at = [&](const Tensor& t) { return static_cast<int64_t*>(t.data) + s; };
+  int64_t* history = nullptr;
+  if (op.history.given) history = static_cast<int64_t*>(op.history.data) + s * op.history.size[1];
+  const SampleRow row{.options = op.options,
+                      .history = history,
+                      .tokens = history ? *at(op.counts) : 0,
+                      .seed = static_cast<uint64_t>(*at(op.seeds)),
+                      .draw = static_cast<uint64_t>(*at(op.draws)),
+                      .logit = logit,
+                      .order = order};
+  const int64_t id = sample_row(logits + s * V, V, row);
+  static_cast<int64_t*>(op.ids.data)[s * op.ids.size[1] + k] = id;
+  *at(op.draws) += 1;
+  if (history && id >= 0) history[(*at(op.counts))++] = id;
+  running.tokens[s] = id;
+  running.lengths[s] += 1;
+  if (is_stop(op, id)) __atomic_store_n(&running.stopped, true, __ATOMIC_RELAXED);
+}
+
+template <class T>
+static Status run_generate(const LmGenerate& op, int threads) {
+  const LmModel& m = *op.step.model;
+  const int64_t S = op.step.lengths.size[0], K = op.ids.size[1], V = m.vocabulary;
+  const Work<T> work(m, S, S, threads);
+  const Scratch logits(S * V * sizeof(T)), tokens(S * sizeof(int64_t)),
+      lengths(S * sizeof(int32_t));
+  const Scratch logit(V * sizeof(double), threads), order(V * sizeof(int32_t), threads);
+  if (!work.ok() || !logits.ok() || !tokens.ok() || !lengths.ok() || !logit.ok() || !order.ok())
+    return Status::out_of_memory;
+  Running running{tokens.at<int64_t>(), lengths.at<int32_t>(), 0, false};
+  for (int64_t s = 0; s < S; ++s) {
+    running.tokens[s] = static_cast<const int64_t*>(op.step.tokens.data)[s];
+    running.lengths[s] =
+        static_cast<const int32_t*>(op.step.lengths.data)[s * op.step.lengths.stride[0]];
+  }
+  LmStep each = op.step;
+  each.lengths.data = running.lengths, each.lengths.stride[0] = 1;
+  with_team(threads, [&](Team team) {
+    for (int64_t k = 0; k < K; ++k) {
+      step<T>(team, each, running.tokens, logits.at<T>(), V, true, work);
+      team.loop(S, [&](int64_t s) {
+        draw<T>(op, s, k, logits.at<T>(), logit.at<double>(team.thread()),
+                order.at<int32_t>(team.thread()), running);
+      });
+      if (team.thread() == 0) running.steps = k + 1;
+      if (__atomic_load_n(&running.stopped, __ATOMIC_RELAXED)) break;
+    }
+  });
+  *op.steps = running.steps;
+  return Status::ok;
+}
+
+template <class Run>
+static Status in_dtype(const LmModel& m, const Run& run) {
+  return m.embedding.dtype == DType::bf16 ? run(bf16{}) : run(float{});
+}
+
+}  // namespace
+
+Status lm_step(const LmStep& op, int threads) {
+  return in_dtype(*op.model, [&]<class T>(T) { return run_step<T>(op, threads); });
+}
+
+Status lm_generate(const LmGenerate& op, int threads) {
+  return in_dtype(*op.step.model, [&]<class T>(T) { return run_generate<T>(op, threads); });
+}
+
+PYKERN_END_ISA
