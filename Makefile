@@ -40,7 +40,7 @@ inplace:
 	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) $(if $(ISAS),"-DPYKERN_ISAS=$(ISAS)") \
 	  $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) >/dev/null
 	cmake --build build/inplace
-	cp build/inplace/_C*.so pykern/
+	cp --remove-destination build/inplace/_C*.so pykern/  # a process may be running the old one
 
 clean:
 	rm -rf build $(VENV) pykern/_C*.so

@@ -1,8 +1,6 @@
 """What this machine can do at most: multiply-adds per second by dtype, bytes per second by size of the working set."""
 
-import math
 import time
-from bisect import bisect_left
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 
 import pykern
 from pykern import _C
+from pykern.lm.roof import interpolated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = tuple(1 << bits for bits in range(14, 30, 2))  # 16 KiB, 64 KiB ... 256 MiB in all threads together
@@ -32,14 +31,8 @@ class Roof:
     copy: dict[int, float]
 
     def bandwidth(self, working_set: float) -> float:
-        """Bytes per second read from a working set of this many bytes, interpolated between the sizes measured."""
-        sizes = sorted(self.read)
-        after = bisect_left(sizes, working_set)
-        if after == 0 or after == len(sizes):
-            return self.read[sizes[min(after, len(sizes) - 1)]]
-        low, high = sizes[after - 1], sizes[after]
-        share = math.log(working_set / low) / math.log(high / low)
-        return self.read[low] ** (1 - share) * self.read[high] ** share
+        """Bytes per second read from a working set of this many bytes."""
+        return interpolated(self.read, working_set)
 
     def seconds(self, dtype: torch.dtype, flops: float, moved: float, working_set: float) -> float:
         """The least time for this work: that of its arithmetic or that of its memory traffic, whichever is longer."""

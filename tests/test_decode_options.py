@@ -250,3 +250,37 @@ def test_a_full_cache_of_pages():
     arguments["cache_seqlens"] = int32(12)
     with pytest.raises(ValueError, match="the cache is full: sequence 0 holds 12 keys and 1 are appended"):
         kvcache(**arguments)
+
+
+# ---- parts of keys that different threads sum
+
+PARTED = {
+    "plain": {},
+    "window": dict(window=(1500, 0)),
+    "sinks": dict(sinks=torch.tensor([0.5, -1.0, 4.0, -math.inf])),
+    "all": dict(window=(2100, 0), softcap=3.0, alibi_slopes=SLOPES / 64, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0])),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", PARTED)
+def test_threads_that_share_the_keys_change_no_bit(name, dtype, with_threads):
+    """One key head of 4 query heads: with one thread its 2500 keys are one task, else three parts. Parts begin at
+    multiples of 1024 keys in a prefill, too."""
+    assert "kPartKeys = 1024;" in (ROOT / "csrc/cpu/attention_memory.h").read_text()
+    options = typed(PARTED[name], dtype)
+    arguments = inputs([2499, 1030], T=1, D=16, H=4, G=1, dtype=dtype)
+    one = with_threads(1, lambda: run(arguments, **options))
+    for threads in (2, 3, 4):
+        shared = with_threads(threads, lambda: run(arguments, **options))
+        assert_bitwise(shared["out"], one["out"], name=f"{threads} threads, out")
+        assert_bitwise(shared["lse"], one["lse"], name=f"{threads} threads, lse")
+    shared = with_threads(2, lambda: run(paged(arguments, 100), **options))
+    assert_bitwise(shared["out"], one["out"], name="pages")
+    for b, length in enumerate((2500, 1031)):
+        k, v = (one[cache][b : b + 1, :, :length] for cache in ("k_cache", "v_cache"))
+        q = draw(1, 4, length, 16, dtype=dtype, seed=9)
+        q[:, :, -1] = arguments["q"][b, :, 0]
+        out = pykern.attention(q, k, v, causal=True, **options)
+        assert_bitwise(one["out"][b : b + 1], out[:, :, -1:], name=f"sequence {b}, prefill")
+    compare(arguments, name, **options)

@@ -109,3 +109,68 @@ def test_blocks_with_a_cache_have_the_bits_of_the_full_forward(positions, dtype)
     with torch.no_grad():
         got = torch.cat([model.logits(model.hidden(piece, cache)) for piece in ids.split([9, 1, 3, 7], 1)], 1)
     assert torch.equal(got, full_logits(model, ids))
+
+
+# ---- int8
+
+
+def test_an_int8_cache_is_within_half_a_scale():
+    cache, numbers = filled(tokens=7, dtype=torch.int8)
+    for text in range(2):
+        error = (contents(cache, text) - numbers[:, :, text]).abs()
+        scale = numbers[:, :, text].abs().amax(-1, keepdim=True) / 127
+        assert cache.k.dtype == torch.uint8 and (error <= scale * 0.5001).all() and error.max() > 0
+    assert cache.k.element_size() == 1
+
+
+def test_an_int8_cache_keeps_what_is_not_finite_and_zeros():
+    cache, _ = filled(batch=1, tokens=0, dtype=torch.int8)
+    k = torch.zeros(2, 1, 3, 3, 5)
+    k[:, :, :, 1, 2], k[:, :, :, 2, 0] = math.inf, 3.0
+    cache.append(k, k)
+    stored = contents(cache, 0)
+    assert (stored[:, :, :, 0] == 0).all() and stored[:, :, :, 1].isnan().all()
+    assert torch.equal(stored[:, :, :, 2], k.transpose(0, 1)[:, 0, :, 2].expand_as(stored[:, :, :, 2]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
+@pytest.mark.parametrize("positions", ["rope", "t5", "alibi"])
+def test_a_session_reads_an_int8_cache_as_the_blocks_do(positions, dtype):
+    """The same bits as from the model's own modules over such a cache, and near those without quantisation."""
+    model = make(positions=positions, n_kv_head=2, block_size=90)
+    if dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    ids, pieces = random_ids(2, 80), [9, 1, 40, 1, 1, 20, 8]
+    session = model.session(dtype=dtype, batch=2, cache_dtype="int8")
+    got = torch.stack([session.prefill(piece) for piece in ids.split(pieces, 1)], 1)
+    plain = model.session(dtype=dtype, batch=2)
+    exact = torch.stack([plain.prefill(piece) for piece in ids.split(pieces, 1)], 1)
+    assert not torch.equal(got, exact) and (got - exact).abs().max() < 0.05 * exact.abs().max()
+    if dtype == "int4":
+        return
+    cache = KVCache(2, 2, 2, 90, 4, torch.int8)
+    with torch.no_grad():
+        blocks = torch.stack([model.logits(model.hidden(piece, cache))[:, -1] for piece in ids.split(pieces, 1)], 1)
+    assert torch.equal(got, blocks)
+    assert torch.equal(session.cache.k, cache.k) and torch.equal(session.cache.v_scale, cache.v_scale)
+
+
+def test_an_int8_cache_forks_truncates_and_ignores_what_is_not_written():
+    model, ids = make(block_size=40), random_ids(1, 30)
+    session, other = (model.session(batch=2, cache_dtype="int8") for _ in range(2))
+    for x in (session.cache.k_scale, session.cache.v_scale):
+        x.fill_(math.nan)
+    session.extend([ids[0, :20]], [0])
+    session.cache.fork(0, 1)
+    session.cache.truncate(10, 1)
+    logits = session.extend([ids[0, 20:], ids[0, 10:]], [0, 1])
+    assert torch.equal(logits[:1], logits[1:])
+    assert torch.equal(logits[:1], other.extend([ids[0]], [0])[-1:])
+
+
+def test_cache_dtype_is_refused():
+    with pytest.raises(ValueError, match="cache_dtype is 'int4' but must be None"):
+        make().session(cache_dtype="int4")
+    cache, _ = filled(tokens=0, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"k is torch\.int64"):
+        cache.append(*torch.zeros(2, 2, 2, 3, 1, 5, dtype=torch.int64))

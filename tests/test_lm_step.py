@@ -87,6 +87,29 @@ def test_threads_and_repetition_change_no_bit(dtype, threads, with_threads):
         assert_same(with_threads(threads, lambda: grow(model.session(dtype=dtype, batch=3), texts)), first)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_share_the_keys_of_a_long_text(dtype, with_threads):
+    """One key head and 1400 keys: two threads sum a part each; generation crosses from one part into two."""
+    model = make(n_kv_head=1, n_embd=32, block_size=1500, positions="rope", dtype=getattr(torch, dtype))
+    ids = random_ids(1, 1400)
+    expected = full_logits(model, ids)
+
+    def last(threads):
+        session = model.session(dtype=dtype)
+        session.read(ids[:, :1399])
+        return with_threads(threads, lambda: session.step(ids[:, 1399]))
+
+    for threads in (1, 2, 3):
+        assert torch.equal(last(threads), expected[:, -1])
+
+    def text(threads):
+        return with_threads(
+            threads, lambda: model.session(dtype=dtype).generate(ids[:, :1015], max_new_tokens=20, temperature=0.0)
+        )
+
+    assert torch.equal(text(1), text(2)) and torch.equal(text(1), text(3))
+
+
 # ---- quantised weights
 
 QUANTISED = {

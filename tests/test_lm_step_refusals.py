@@ -48,6 +48,10 @@ def frozen(cache):
     return array
 
 
+def scale_of(_):
+    return torch.ones(2, 2, 64)
+
+
 def without(_):
     return None
 
@@ -133,6 +137,8 @@ MODEL_REFUSALS = {
     "small group": (packed("up", 5, lambda _: 8), INT8, ValueError, "c_fc has groups of 8, expected 16"),
     "other group": (packed("up", 5, lambda _: 16), INT4, ValueError, "c_fc .* that of the panels = 2 in dimension 1"),
     "no layers": (lambda _, layers: layers.clear(), {}, ValueError, "the model has no layers"),
+    "scale of one": (put("k_scale", scale_of, True), {}, TypeError, "k_cache has dtype float32, expected uint8"),
+    "scale of v only": (put("v_scale", scale_of, True), {}, ValueError, "k_scale and v_scale must be given together"),
     "no cache": (put("k_cache", without, True), {}, ValueError, "k_cache is missing"),
     "cache dtype": (put("v_cache", torch.Tensor.bfloat16, True), {}, TypeError, "v_cache has dtype bfloat16"),
     "cache rank": (put("v_cache", lambda x: x[0], True), {}, ValueError, r"v_cache must be \[pages, G, page, D\]"),

@@ -141,6 +141,7 @@ class Model {
     layer.up_bias = f.tensor("up_bias"), layer.gate_bias = f.tensor("gate_bias");
     layer.down_bias = f.tensor("down_bias");
     layer.k_cache = f.tensor("k_cache"), layer.v_cache = f.tensor("v_cache");
+    layer.k_scale = f.tensor("k_scale"), layer.v_scale = f.tensor("v_scale");
     return layer;
   }
 

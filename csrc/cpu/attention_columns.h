@@ -272,6 +272,43 @@ template <class T>
     }
 }
 
+// Nothing is seen of a part that begins.
+template <class T>
+static void start_part(int64_t E, const ColumnMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int Q = Strip<T>::Q;
+  for (int i = 0; i < Q; i += V::lanes) {
+    store(memory.m + i, V::splat(C(-INFINITY)));
+    store(memory.l + i, V::zero());
+  }
+  for (int64_t e = 0; e < E * Q; e += V::lanes) store(memory.strip_out + e, V::zero());
+}
+
+// fold_row() of attention_rows.h, a row in each lane.
+template <class T>
+static void fold_part(int64_t E, const Strip<T>& strip, const ColumnMemory<T>& memory) {
+  using V = Vec<Compute<T>>;
+  constexpr int L = V::lanes, Q = Strip<T>::Q;
+  for (int j = strip.idle(); j < kStripVectors; ++j) {
+    const V m = load(memory.m + j * L), l = load(memory.l + j * L);
+    const V sum_m = load(memory.sum_m + j * L), sum_l = load(memory.sum_l + j * L);
+    const auto nothing_now = l == V::zero(), nothing_before = sum_l == V::zero();
+    const V top = select(m > sum_m, m, sum_m);
+    const V before = power2<kPaired<T>>(sum_m - top), now = power2<kPaired<T>>(m - top);
+    const auto fold = [&](V was, V is, V both) {
+      return select(nothing_now, was, select(nothing_before, is, both));
+    };
+    for (int64_t e = 0; e < E; ++e) {
+      Compute<T>* sum = memory.sum_out + e * Q + j * L;
+      const V was = load(sum), is = load(memory.strip_out + e * Q + j * L);
+      store(sum, fold(was, is, fma(was, before, is * now)));
+    }
+    store(memory.sum_l + j * L, fold(sum_l, l, fma(sum_l, before, l * now)));
+    store(memory.sum_m + j * L, fold(sum_m, m, top));
+  }
+}
+
 // The rows of the strip are finished: out = out^T / l, lse = m + log l.
 template <class T>
 static void write_strip(const Group<T>& x, const Strip<T>& strip, const Results& results,
@@ -280,14 +317,13 @@ static void write_strip(const Group<T>& x, const Strip<T>& strip, const Results&
   using V = Vec<C>;
   constexpr int L = V::lanes, Q = Strip<T>::Q;
   for (int j = strip.idle(); j < kStripVectors; ++j) {
-    const V l = load(memory.l + j * L);
+    const V l = load(memory.sum_l + j * L);
     // a row that sees no key is all zeros
     const V inverse = select(l == V::zero(), V::zero(), V::splat(C(1)) / l);
     for (int64_t e = 0; e < x.E; e += L) {
       V square[L];
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
-        square[i] = load(memory.strip_out + (e + i) * Q + j * L) * inverse;
+      for (int i = 0; i < L; ++i) square[i] = load(memory.sum_out + (e + i) * Q + j * L) * inverse;
       transpose(square);
       const int n = x.E - e < L ? static_cast<int>(x.E - e) : L;
       for (int i = 0; i < L && strip.live(j * L + i); ++i) {
@@ -297,7 +333,7 @@ static void write_strip(const Group<T>& x, const Strip<T>& strip, const Results&
     }
   }
   for (int i = strip.lane0; strip.live(i); ++i)
-    results.write_lse(strip.h[i], strip.t[i], memory.m[i], memory.l[i]);
+    results.write_lse(strip.h[i], strip.t[i], memory.sum_m[i], memory.sum_l[i]);
 }
 
 // Rows [r0, r1) of the group, at most kBlockRows.
@@ -318,13 +354,20 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
     first_key = strip.first_key < first_key ? strip.first_key : first_key;
     end_key = strip.end_key > end_key ? strip.end_key : end_key;
     for (int r = strip.lane0; r < Q; ++r) {
-      memory.m[r] = x.sink(strip.h[r]);
-      memory.l[r] = memory.m[r] == C(-INFINITY) ? C(0) : C(1);
+      memory.sum_m[r] = x.sink(strip.h[r]);
+      memory.sum_l[r] = memory.sum_m[r] == C(-INFINITY) ? C(0) : C(1);
     }
-    for (int64_t e = 0; e < x.E * Q; e += L) store(memory.strip_out + e, V::zero());
+    for (int64_t e = 0; e < x.E * Q; e += L) store(memory.sum_out + e, V::zero());
+    start_part<T>(x.E, memory);
   }
 
-  for (int64_t first = first_key / kKeys * kKeys; first < end_key; first += kKeys) {
+  const int64_t begin = first_key / kKeys * kKeys;
+  for (int64_t first = begin; first < end_key; first += kKeys) {
+    for (int i = 0; i < strips && first > begin && first % kPartKeys == 0; ++i) {
+      memory.select(i);
+      fold_part(x.E, block[i], memory);
+      start_part<T>(x.E, memory);
+    }
     const int keys = static_cast<int>(x.S - first < kKeys ? x.S - first : kKeys);
     bool packed = false;
     Operand<T> k, v;
@@ -353,6 +396,7 @@ static void forward_columns(const Group<T>& x, int64_t r0, int64_t r1, const Res
   }
   for (int i = 0; i < strips; ++i) {
     memory.select(i);
+    fold_part(x.E, block[i], memory);
     write_strip(x, block[i], results, memory);
   }
 }

@@ -25,5 +25,49 @@ static void forward_block(const Group<T>& x, int64_t r0, int64_t r1, const Resul
   }
 }
 
+// ---- few rows with many keys, whose parts are dealt to threads
+
+// Numbers in which one part leaves m, l and out of up to kFewRows rows.
+template <class T>
+static int64_t part_size(int64_t E) {
+  return kFewRows<T> * (round_up(E, kTileColumns<T>) + 2);
+}
+
+static inline int64_t parts_of(int64_t keys) { return (keys + kPartKeys - 1) / kPartKeys; }
+
+// Whether to deal parts: `tasks` groups of few rows would leave threads without work.
+template <class T>
+static bool deals_parts(int64_t tasks, int64_t rows, int64_t keys, int threads) {
+  return threads > 1 && tasks < 2 * threads && rows <= kFewRows<T> && parts_of(keys) > 1;
+}
+
+template <class T>
+static void sum_one_part(const Group<T>& x, int64_t part, Compute<T>* to, char* memory_) {
+  using C = Compute<T>;
+  const RowMemory<T> memory(x.D, x.E, memory_);
+  const int n = static_cast<int>(x.rows());
+  start_rows(x, 0, n, memory);
+  sum_part(x, 0, n, part, keys_of_rows(x, 0, n), memory);
+  for (int i = 0; i < n; ++i, to += memory.E_padded + 2) {
+    to[0] = memory.m[i], to[1] = memory.l[i];
+    memcpy(to + 2, memory.out + i * memory.E_padded, memory.E_padded * sizeof(C));
+  }
+}
+
+// What forward_block makes of all rows of the group, from its parts.
+template <class T>
+static void join_parts(const Group<T>& x, const Compute<T>* parts, const Results& results,
+                       char* memory_) {
+  const RowMemory<T> memory(x.D, x.E, memory_);
+  const int n = static_cast<int>(x.rows());
+  start_rows(x, 0, n, memory);
+  for (int64_t part = 0; part < parts_of(x.S); ++part, parts += part_size<T>(x.E))
+    for (int i = 0; i < n; ++i) {
+      const Compute<T>* from = parts + i * (memory.E_padded + 2);
+      fold_row<T>(from[0], from[1], from + 2, i, memory);
+    }
+  write_rows(x, 0, n, results, memory);
+}
+
 }  // namespace
 PYKERN_END_ISA

@@ -11,6 +11,11 @@ constexpr int kStripVectors = 3;  // of queries, side by side
 constexpr int kKeyRows =
     kVectorBytes == 64 ? 8 : 4;  // times 3: 24 or 12 accumulators, as in tile.h
 
+// Keys are taken in parts that begin at multiples of this. What a row sees of a part is summed by
+// itself and then added to what it saw before, so parts may be summed by different threads.
+constexpr int64_t kPartKeys = 1024;
+static_assert(kPartKeys % kKeys == 0, "a tile is of one part");
+
 // With no more rows than this, lanes of queries would be mostly empty: then keys are lanes.
 template <class T>
 constexpr int kFewRows = Vec<Compute<T>>::lanes / 2;
@@ -62,6 +67,7 @@ struct RowArrays {
   using C = Compute<T>;
   static constexpr int W = kTileColumns<T>, R = kTileRows;
   C *q, *keys, *values, *page_k, *page_v, *hidden, *s, *p, *out, *m, *l;
+  C *sum_out, *sum_m, *sum_l;  // of the parts before
   int64_t E_padded;
   T* gathered;
 
@@ -79,6 +85,9 @@ struct RowArrays {
     out = take(R * E_padded);
     m = take(R);
     l = take(R);
+    sum_out = take(R * E_padded);
+    sum_m = take(R);
+    sum_l = take(R);
     gathered = reinterpret_cast<T*>(take(R * D + Vec<C>::lanes));
   }
 };
@@ -91,7 +100,8 @@ struct ColumnArrays {
   using C = Compute<T>;
   static constexpr int L = Vec<C>::lanes, Q = kStripVectors * L, strips = kBlockRows / Q;
   C *q, *keys, *values, *page_k, *page_v, *s, *p, *bias, *top, *rescale, *out, *ms, *ls;
-  C *strip_q, *strip_out, *m, *l;  // of the strip that is selected
+  C *sum_outs, *sum_ms, *sum_ls;                             // of the parts before
+  C *strip_q, *strip_out, *m, *l, *sum_out, *sum_m, *sum_l;  // of the strip that is selected
   int64_t q_size, out_size;
   T* gathered;
 
@@ -111,11 +121,16 @@ struct ColumnArrays {
     out = take(strips * out_size);
     ms = take(strips * Q);
     ls = take(strips * Q);
+    sum_outs = take(strips * out_size);
+    sum_ms = take(strips * Q);
+    sum_ls = take(strips * Q);
     gathered = reinterpret_cast<T*>(take(Q * D + L));
   }
   void select(int strip) {
     strip_q = q + strip * q_size, strip_out = out + strip * out_size;
     m = ms + strip * Q, l = ls + strip * Q;
+    sum_out = sum_outs + strip * out_size;
+    sum_m = sum_ms + strip * Q, sum_l = sum_ls + strip * Q;
   }
 };
 template <class T>

@@ -1,7 +1,8 @@
 // Forward attention of few rows, as in decoding: keys are lanes. Online softmax over tiles of 64
 // keys: for each tile a row updates its maximum m, its sum l and its output, which is rescaled when
-// m moves. Tiles start at multiples of 64 and every sum runs in the order of the keys, so the bits
-// of a row depend on the row and the keys it sees: prefill, chunk and decode agree.
+// m moves. Tiles start at multiples of 64, parts of tiles at multiples of kPartKeys, and every sum
+// runs in the order of the keys, so the bits of a row depend on the row and the keys it sees:
+// prefill, chunk and decode agree, and so do parts that different threads have summed.
 #pragma once
 #include "cpu/attention_memory.h"
 
@@ -92,34 +93,49 @@ static void add_tile(const Group<T>& x, int64_t r0, int64_t first, int64_t keys,
   }
 }
 
-// Rows r0 .. r1 - 1 of the group, at most kFewRows.
+// Readies n rows from r0 on: their queries are packed, their sums hold nothing but the sink.
 template <class T>
-static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,
-                         RowMemory<T>& memory) {
+static void start_rows(const Group<T>& x, int64_t r0, int n, const RowMemory<T>& memory) {
   using C = Compute<T>;
-  using V = Vec<C>;
-  constexpr int R = kTileRows;
-  static_assert(kFewRows<T> <= R, "the rows are one strip");
-  const int64_t E_padded = memory.E_padded;
-  const int rows = static_cast<int>(r1 - r0);
-
-  int64_t first_key = x.S, end_key = 0;
-  for (int i = 0; i < rows; ++i) {
+  for (int i = 0; i < n; ++i) {
     const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
     memcpy(memory.gathered + i * x.D, x.q.at(h, t), x.D * sizeof(T));
-    const int64_t begin = x.first_key(t), end = x.end_key(t);
-    first_key = begin < first_key ? begin : first_key;
-    end_key = end > end_key ? end : end_key;
-    memory.m[i] = x.sink(h);
-    memory.l[i] = memory.m[i] == C(-INFINITY) ? C(0) : C(1);
+    memory.sum_m[i] = x.sink(h);
+    memory.sum_l[i] = memory.sum_m[i] == C(-INFINITY) ? C(0) : C(1);
   }
-  pack<T>(memory.q, R, {memory.gathered, x.D, 1}, rows, rows, x.D);
-  for (int64_t i = 0; i < rows * E_padded; ++i) memory.out[i] = C(0);
+  pack<T>(memory.q, kTileRows, {memory.gathered, x.D, 1}, n, n, x.D);
+  for (int64_t i = 0; i < n * memory.E_padded; ++i) memory.sum_out[i] = C(0);
+}
 
-  for (int64_t first = first_key / kKeys * kKeys; first < end_key; first += kKeys) {
-    const int64_t keys = end_key - first < kKeys ? end_key - first : kKeys;
-    uint64_t words[R], any = 0;
-    for (int i = 0; i < rows; ++i) {
+// The keys that some of the n rows see.
+struct KeyRange {
+  int64_t first, end;
+};
+template <class T>
+static KeyRange keys_of_rows(const Group<T>& x, int64_t r0, int n) {
+  KeyRange range{x.S, 0};
+  for (int i = 0; i < n; ++i) {
+    const int64_t t = (r0 + i) % x.T_, first = x.first_key(t), end = x.end_key(t);
+    range.first = first < range.first ? first : range.first;
+    range.end = end > range.end ? end : range.end;
+  }
+  return range;
+}
+
+// m, l and out of n rows, from the keys in range that are of part `part`.
+template <class T>
+[[gnu::noinline]] static void sum_part(const Group<T>& x, int64_t r0, int n, int64_t part,
+                                       KeyRange range, const RowMemory<T>& memory) {
+  using C = Compute<T>;
+  for (int i = 0; i < n; ++i) memory.m[i] = C(-INFINITY), memory.l[i] = C(0);
+  for (int64_t i = 0; i < n * memory.E_padded; ++i) memory.out[i] = C(0);
+  const int64_t begin = part * kPartKeys, behind = begin + kPartKeys;
+  const int64_t from = range.first > begin ? range.first / kKeys * kKeys : begin;
+  const int64_t end = range.end < behind ? range.end : behind;
+  for (int64_t first = from; first < end; first += kKeys) {
+    const int64_t keys = end - first < kKeys ? end - first : kKeys;
+    uint64_t words[kTileRows], any = 0;
+    for (int i = 0; i < n; ++i) {
       words[i] = visible(x, (r0 + i) / x.T_, (r0 + i) % x.T_, first);
       any |= words[i];
     }
@@ -128,20 +144,67 @@ static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Result
     const TileRows<T> v = tile_values(x, first, keys, memory.page_v);
     pack_keys<T>(memory.keys, k.data, k.row, keys, x.D);
     const Right<T> values = right_rows<T>(v.data, v.row, keys, x.E, memory.values);
-    with_rows(rows,
-              [&](auto n) { add_tile<T, n.value>(x, r0, first, keys, words, values, memory); });
+    with_rows(
+        n, [&](auto rows) { add_tile<T, rows.value>(x, r0, first, keys, words, values, memory); });
   }
+}
 
-  for (int i = 0; i < rows; ++i) {
+// Adds what a row saw of a part, m, l and out, to what it saw before. A part of which it sees
+// nothing changes no bit, and the first of which it sees something is taken as it is.
+template <class T>
+static void fold_row(Compute<T> m, Compute<T> l, const Compute<T>* out, int i,
+                     const RowMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  C *sum_m = memory.sum_m + i, *sum_l = memory.sum_l + i;
+  C* sum_out = memory.sum_out + i * memory.E_padded;
+  if (l == C(0)) return;
+  if (*sum_l == C(0)) {
+    *sum_m = m, *sum_l = l;
+    memcpy(sum_out, out, memory.E_padded * sizeof(C));
+    return;
+  }
+  const C top = m > *sum_m ? m : *sum_m;
+  const V before = power2<kPaired<T>>(V::splat(*sum_m - top));
+  const V now = power2<kPaired<T>>(V::splat(m - top));
+  for (int64_t e = 0; e < memory.E_padded; e += V::lanes)
+    store(sum_out + e, fma(load(sum_out + e), before, load(out + e) * now));
+  *sum_l = fma(V::splat(*sum_l), before, V::splat(l) * now).r[0];
+  *sum_m = top;
+}
+
+// out = sum_out / sum_l, lse = sum_m + log sum_l
+template <class T>
+static void write_rows(const Group<T>& x, int64_t r0, int n, const Results& results,
+                       const RowMemory<T>& memory) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  for (int i = 0; i < n; ++i) {
     const int64_t h = (r0 + i) / x.T_, t = (r0 + i) % x.T_;
-    const C l = memory.l[i];
+    const C l = memory.sum_l[i];
     const C inverse = l == C(0) ? C(0) : C(1) / l;  // a row that sees no key is all zeros
     T* out = results.template out_row<T>(h, t);
-    each_vector<C>(x.E, [&](int64_t e, int n) {
-      store_n(out + e, load(memory.out + i * E_padded + e) * V::splat(inverse), n);
+    each_vector<C>(x.E, [&](int64_t e, int lanes) {
+      store_n(out + e, load(memory.sum_out + i * memory.E_padded + e) * V::splat(inverse), lanes);
     });
-    results.write_lse(h, t, memory.m[i], l);
+    results.write_lse(h, t, memory.sum_m[i], l);
   }
+}
+
+// Rows r0 .. r1 - 1 of the group, at most kFewRows.
+template <class T>
+static void forward_rows(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,
+                         RowMemory<T>& memory) {
+  static_assert(kFewRows<T> <= kTileRows, "the rows are one strip");
+  const int n = static_cast<int>(r1 - r0);
+  start_rows(x, r0, n, memory);
+  const KeyRange range = keys_of_rows(x, r0, n);
+  for (int64_t part = range.first / kPartKeys; part * kPartKeys < range.end; ++part) {
+    sum_part(x, r0, n, part, range, memory);
+    for (int i = 0; i < n; ++i)
+      fold_row<T>(memory.m[i], memory.l[i], memory.out + i * memory.E_padded, i, memory);
+  }
+  write_rows(x, r0, n, results, memory);
 }
 
 }  // namespace

@@ -35,7 +35,9 @@ struct Group {
   int64_t k_row, v_row;
   const int32_t* pages;  // null: keys lie in order; else key s is slot first_slot + s of the pages
   int64_t pages_step, page, k_page, v_page, first_slot;
-  const uint8_t* mask;  // null: none; element (h, t, s) by strides
+  const float *k_scale, *v_scale;  // null: none; else pages hold int8, row i of page p times scale
+  int64_t scale_page;              // p scale_page + i
+  const uint8_t* mask;             // null: none; element (h, t, s) by strides
   int64_t mask_head, mask_row, mask_key;
   const T* bias;
   int64_t bias_head, bias_row, bias_key;
@@ -252,9 +254,27 @@ struct TileRows {
   int64_t row;
 };
 template <class T>
-static TileRows<T> tile_rows(const Group<T>& x, const T* base, int64_t row, int64_t page_stride,
-                             int64_t first, int64_t count, int64_t width, Compute<T>* memory) {
+static TileRows<T> widened_rows(const Group<T>& x, const int8_t* base, int64_t row,
+                                int64_t page_stride, const float* scales, int64_t first,
+                                int64_t count, int64_t width, T* copy) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = x.first_slot + first + i, in_page = slot % x.page;
+    const int64_t page = x.pages[slot / x.page * x.pages_step];
+    const int8_t* from = base + page * page_stride + in_page * row;
+    const float scale = scales[page * x.scale_page + in_page];
+    for (int64_t d = 0; d < width; ++d)
+      copy[i * width + d] = narrow<T>(static_cast<Compute<T>>(from[d] * scale));
+  }
+  return {copy, width};
+}
+template <class T>
+static TileRows<T> tile_rows(const Group<T>& x, const T* base, const float* scales, int64_t row,
+                             int64_t page_stride, int64_t first, int64_t count, int64_t width,
+                             Compute<T>* memory) {
   if (!x.pages) return {base + first * row, row};
+  if (scales)
+    return widened_rows(x, reinterpret_cast<const int8_t*>(base), row, page_stride, scales, first,
+                        count, width, reinterpret_cast<T*>(memory));
   const int64_t slot0 = x.first_slot + first;
   const auto place = [&](int64_t slot) {
     return base + x.pages[slot / x.page * x.pages_step] * page_stride + slot % x.page * row;
@@ -266,12 +286,12 @@ static TileRows<T> tile_rows(const Group<T>& x, const T* base, int64_t row, int6
 }
 template <class T>
 static TileRows<T> tile_keys(const Group<T>& x, int64_t first, int64_t count, Compute<T>* memory) {
-  return tile_rows(x, x.k, x.k_row, x.k_page, first, count, x.D, memory);
+  return tile_rows(x, x.k, x.k_scale, x.k_row, x.k_page, first, count, x.D, memory);
 }
 template <class T>
 static TileRows<T> tile_values(const Group<T>& x, int64_t first, int64_t count,
                                Compute<T>* memory) {
-  return tile_rows(x, x.v, x.v_row, x.v_page, first, count, x.E, memory);
+  return tile_rows(x, x.v, x.v_scale, x.v_row, x.v_page, first, count, x.E, memory);
 }
 
 // Keys as columns: [units(width)][64] of a tile, 0 behind the last key.

@@ -104,23 +104,51 @@ static Status forward(const DecodeForward& op, int threads) {
   const int64_t appended = op.k.given ? op.k.size[2] : 0;
   const int64_t heads = G == 0 ? 0 : H / G, rows = heads * T_;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  int64_t most = 0;  // keys of a sequence
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t keys = length_of(op, b) + appended - padding_of(op, b);
+    most = keys > most ? keys : most;
+  }
+  const int64_t parts = deals_parts<T>(B * G, rows, most, threads) ? parts_of(most) : 0;
   const Scratch scratch(forward_bytes<T>(D, E), threads);
   const Scratch rotated(kBlockRows * D * sizeof(T), threads);
-  if (!scratch.ok() || !rotated.ok()) return Status::out_of_memory;
+  const Scratch partial(B * G * parts * part_size<T>(E) * sizeof(Compute<T>));
+  if (!scratch.ok() || !rotated.ok() || !partial.ok()) return Status::out_of_memory;
   if (appended) append<T>(op, threads);
 
-  parallel_for(B * G * blocks, threads, [&](int64_t task, int thread) {
-    const int64_t b = task / blocks / G, g = task / blocks % G, h = g * heads;
-    const int64_t first = task % blocks * kBlockRows;
-    const int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
+  // rows first .. last - 1 of a group, rotated when there is a rotary table
+  const auto group = [&](int64_t b, int64_t g, int64_t first, int64_t last, int thread) {
     Group<T> x = group_of_cache<T>(op, b, g, length_of(op, b) + appended - padding_of(op, b));
-    if (op.rotary_cos.given) {  // this block's queries, as if the whole group were contiguous
+    if (op.rotary_cos.given) {  // as if the whole group were contiguous
       T* q = rotated.at<T>(thread);
       for (int64_t r = first; r < last; ++r)
         rotate_to<T>(op, x.q.at(r / T_, r % T_), x.S - T_ + r % T_, D, q + (r - first) * D);
       x.q = {q - first * D, T_ * D, D};
     }
-    forward_block<T>(x, first, last, {op.out, op.lse, b, h, 0}, scratch.at<char>(thread));
+    return x;
+  };
+  if (parts > 0) {
+    const auto at = [&](int64_t task, int64_t part) {
+      return partial.at<Compute<T>>() + (task * parts + part) * part_size<T>(E);
+    };
+    parallel_for(B * G * parts, threads, [&](int64_t i, int thread) {
+      const int64_t task = i / parts, part = i % parts;
+      const Group<T> x = group(task / G, task % G, 0, rows, thread);
+      if (part < parts_of(x.S)) sum_one_part(x, part, at(task, part), scratch.at<char>(thread));
+    });
+    parallel_for(B * G, threads, [&](int64_t task, int thread) {
+      const Group<T> x = group(task / G, task % G, 0, rows, thread);
+      join_parts(x, at(task, 0), {op.out, op.lse, task / G, task % G * heads, 0},
+                 scratch.at<char>(thread));
+    });
+    return Status::ok;
+  }
+  parallel_for(B * G * blocks, threads, [&](int64_t task, int thread) {
+    const int64_t b = task / blocks / G, g = task / blocks % G;
+    const int64_t first = task % blocks * kBlockRows;
+    const int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
+    forward_block<T>(group(b, g, first, last, thread), first, last,
+                     {op.out, op.lse, b, g * heads, 0}, scratch.at<char>(thread));
   });
   return Status::ok;
 }

@@ -29,16 +29,30 @@ static Text text_of(const LmStep& op, int64_t s) {
           op.block_table.stride[1]};
 }
 
+// The most new tokens and the most keys of a text, which then gets `more` tokens.
+struct Extent {
+  int64_t rows = 0, keys = 0;
+
+  Extent(const LmStep& op, int64_t more) {
+    for (int64_t s = 0; s < op.lengths.size[0]; ++s) {
+      const Text text = text_of(op, s);
+      rows = text.rows > rows ? text.rows : rows;
+      keys = text.length + text.rows + more > keys ? text.length + text.rows + more : keys;
+    }
+  }
+};
+
 // What is between the layers and inside them: a matrix of R rows each.
 template <class T>
 struct Work {
   const int64_t E, Q, H;  // widths: of the stream, of q, k and v together, inside the MLP
   const Scratch stream, normed, qkv, hidden, gate, last;
   const ProductMemory<T> product;
-  const Scratch attention;
+  const int64_t parts;  // of the keys of a text, where threads share one
+  const Scratch attention, partial;
 
   static int64_t bytes(int64_t rows, int64_t width) { return rows * width * sizeof(T); }
-  Work(const LmModel& m, int64_t rows, int64_t texts, int threads)
+  Work(const LmModel& m, int64_t rows, int64_t texts, Extent most, int threads)
       : E(m.embedding.size[1]),
         Q((m.n_head + 2 * m.n_kv_head) * m.head_size),
         H(m.hidden),
@@ -49,7 +63,12 @@ struct Work {
         gate(m.layers[0].gate.panels.given ? bytes(rows, H) : 0),
         last(bytes(texts, E)),
         product(rows, E > H ? E : H, kWidened<T, WeightKind::numbers> || quantised(m), threads),
-        attention(forward_bytes<T>(m.head_size, m.head_size), threads) {}
+        parts(deals_parts<T>(texts * m.n_kv_head, m.n_head / m.n_kv_head * most.rows, most.keys,
+                             threads)
+                  ? parts_of(most.keys)
+                  : 0),
+        attention(forward_bytes<T>(m.head_size, m.head_size), threads),
+        partial(texts * m.n_kv_head * parts * part_size<T>(m.head_size) * sizeof(Compute<T>)) {}
   static bool quantised(const LmModel& m) {
     bool some = m.head.kind != WeightKind::numbers;
     for (int64_t i = 0; i < m.n_layer; ++i) {
@@ -112,6 +131,30 @@ static void place_heads(const LmModel& m, int64_t heads, int64_t position, T* x)
   }
 }
 
+// One row into the cache: as it is or, with scales, as int8, q = x / scale to the nearest integer
+// with scale = max |x| / 127. Where a number is not finite, the row that is read is NaN.
+template <class T>
+static void store_row(const Tensor& cache, const Tensor& scales, int64_t page, int64_t g,
+                      int64_t slot, const T* x, int64_t D) {
+  if (!scales.given) {
+    memcpy(row_at<T>(cache, page, g, slot), x, D * sizeof(T));
+    return;
+  }
+  float most = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < D; ++i) {
+    const float size = __builtin_fabsf(widen(x[i]));
+    finite = finite && size < INFINITY;
+    most = size > most ? size : most;
+  }
+  const float scale = finite ? most / 127.0f : NAN;
+  *(static_cast<float*>(scales.data) + page * scales.stride[0] + g * scales.stride[1] + slot) =
+      scale;
+  int8_t* q = row_at<int8_t>(cache, page, g, slot);
+  for (int64_t i = 0; i < D; ++i)
+    q[i] = finite && scale > 0 ? static_cast<int8_t>(__builtin_rintf(widen(x[i]) / scale)) : 0;
+}
+
 // Puts key head g of the text's new tokens into the cache, and readies its queries.
 template <class T>
 static void append_head(const LmModel& m, const LmLayer& layer, const Text& text, int64_t g, T* qkv,
@@ -124,8 +167,8 @@ static void append_head(const LmModel& m, const LmLayer& layer, const Text& text
     place_heads(m, heads, position, row + g * heads * D);
     place_heads(m, 1, position, k);
     const int64_t id = text.pages[position / page * text.pages_step], slot = position % page;
-    memcpy(row_at<T>(layer.k_cache, id, g, slot), k, D * sizeof(T));
-    memcpy(row_at<T>(layer.v_cache, id, g, slot), v, D * sizeof(T));
+    store_row(layer.k_cache, layer.k_scale, id, g, slot, k, D);
+    store_row(layer.v_cache, layer.v_scale, id, g, slot, v, D);
   }
 }
 
@@ -141,6 +184,14 @@ static Group<T> group_of_text(const LmModel& m, const LmLayer& layer, const Text
   x.v = row_at<const T>(layer.v_cache, 0, g, 0), x.v_row = layer.v_cache.stride[2];
   x.pages = text.pages, x.pages_step = text.pages_step, x.page = layer.k_cache.size[2];
   x.k_page = layer.k_cache.stride[0], x.v_page = layer.v_cache.stride[0];
+  if (layer.k_scale.given) {
+    const int64_t at = g * layer.k_scale.stride[1];
+    x.k = reinterpret_cast<const T*>(row_at<const int8_t>(layer.k_cache, 0, g, 0));
+    x.v = reinterpret_cast<const T*>(row_at<const int8_t>(layer.v_cache, 0, g, 0));
+    x.k_scale = static_cast<const float*>(layer.k_scale.data) + at;
+    x.v_scale = static_cast<const float*>(layer.v_scale.data) + at;
+    x.scale_page = layer.k_scale.stride[0];
+  }
   if (m.alibi_slopes.given) x.slopes = static_cast<const float*>(m.alibi_slopes.data) + h;
   x.slope_head = 1;
   if (m.distance_bias.given) {  // key s and query t: max_len - 1 - (length + t) + s
@@ -164,21 +215,21 @@ static void attend(Team& team, const LmStep& op, const LmLayer& layer, const Wor
   out.size[0] = 1, out.size[1] = m.n_head, out.size[2] = R, out.size[3] = D;
   out.stride[0] = 0, out.stride[1] = D, out.stride[2] = work.E, out.stride[3] = 1;
   const Tensor no_lse;
-  int64_t most = 0;  // rows of a group
-  for (int64_t s = 0; s < S; ++s) {
-    const int64_t rows = heads * text_of(op, s).rows;
-    most = rows > most ? rows : most;
-  }
-  const int64_t blocks = (most + kBlockRows - 1) / kBlockRows;
+  const Extent most(op, 0);
+  const int64_t blocks = (heads * most.rows + kBlockRows - 1) / kBlockRows;
+  char* const memory = work.attention.template at<char>(team.thread());
+  const auto results = [&](const Text& text, int64_t g) {
+    return Results{out, no_lse, 0, g * heads, text.first};
+  };
   const auto block = [&](const Text& text, int64_t g, int64_t first) {
     const int64_t rows = heads * text.rows;
     if (first >= rows) return;
     const Group<T> x = group_of_text<T>(m, layer, text, g, qkv, work.Q);
     forward_block<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows,
-                     {out, no_lse, 0, g * heads, text.first},
-                     work.attention.template at<char>(team.thread()));
+                     results(text, g), memory);
   };
-  if (blocks == 1) {  // whoever appends the keys of a head attends to them
+  const int64_t parts = work.parts > 0 ? parts_of(most.keys) : 0;
+  if (blocks == 1 && parts <= 1) {  // whoever appends the keys of a head attends to them
     team.loop(S * G, [&](int64_t i) {
       const Text text = text_of(op, i / G);
       append_head<T>(m, layer, text, i % G, qkv, work.Q);
@@ -188,6 +239,22 @@ static void attend(Team& team, const LmStep& op, const LmLayer& layer, const Wor
   }
   team.loop(S * G,
             [&](int64_t i) { append_head<T>(m, layer, text_of(op, i / G), i % G, qkv, work.Q); });
+  if (parts > 1) {
+    const auto at = [&](int64_t task, int64_t part) {
+      return work.partial.template at<Compute<T>>() + (task * work.parts + part) * part_size<T>(D);
+    };
+    team.loop(S * G * parts, [&](int64_t i) {
+      const int64_t task = i / parts, part = i % parts, g = task % G;
+      const Group<T> x = group_of_text<T>(m, layer, text_of(op, task / G), g, qkv, work.Q);
+      if (part < parts_of(x.S)) sum_one_part(x, part, at(task, part), memory);
+    });
+    team.loop(S * G, [&](int64_t task) {
+      const Text text = text_of(op, task / G);
+      const Group<T> x = group_of_text<T>(m, layer, text, task % G, qkv, work.Q);
+      join_parts(x, at(task, 0), results(text, task % G), memory);
+    });
+    return;
+  }
   team.loop(S * G * blocks, [&](int64_t i) {
     block(text_of(op, i / blocks / G), i / blocks % G, i % blocks * kBlockRows);
   });
@@ -271,7 +338,7 @@ static void step(Team& team, const LmStep& op, const int64_t* tokens, T* logits,
 template <class T>
 static Status run_step(const LmStep& op, int threads) {
   const int64_t R = op.tokens.size[0], S = op.lengths.size[0];
-  const Work<T> work(*op.model, R, S, threads);
+  const Work<T> work(*op.model, R, S, Extent(op, 0), threads);
   if (!work.ok()) return Status::out_of_memory;
   const bool last = op.logits.given && op.logits.size[0] == S;
   with_team(threads, [&](Team team) {
@@ -324,7 +391,7 @@ template <class T>
 static Status run_generate(const LmGenerate& op, int threads) {
   const LmModel& m = *op.step.model;
   const int64_t S = op.step.lengths.size[0], K = op.ids.size[1], V = m.vocabulary;
-  const Work<T> work(m, S, S, threads);
+  const Work<T> work(m, S, S, Extent(op.step, K - 1), threads);
   const Scratch logits(S * V * sizeof(T)), tokens(S * sizeof(int64_t)),
       lengths(S * sizeof(int32_t));
   const Scratch logit(V * sizeof(double), threads), order(V * sizeof(int32_t), threads);

@@ -71,7 +71,11 @@ static void check_layer(const LmModel& m, const LmLayer& layer, int64_t E) {
   check_vector("mlp.c_proj bias", layer.down_bias, E, m.embedding);
   for (const Arg& cache : {Arg{"k_cache", layer.k_cache}, Arg{"v_cache", layer.v_cache}}) {
     PYKERN_CHECK(value, cache.t.given, c.op, ": ", cache.name, " is missing");
-    c.same_dtype(cache, {"embedding", m.embedding});
+    if (layer.k_scale.given)
+      c.dtype(cache, DType::u8);
+    else
+      c.same_dtype(cache, {"embedding", m.embedding});
+    c.same_device(cache, {"embedding", m.embedding});
     c.rank(cache, 4, "[pages, G, page, D]");
     c.size(cache, 1, G, "n_kv_head");
     c.size(cache, 3, D, "head size");
@@ -79,6 +83,15 @@ static void check_layer(const LmModel& m, const LmLayer& layer, int64_t E) {
     c.unit_last(cache);
     c.output(cache);
     PYKERN_CHECK(value, cache.t.size[2] > 0, c.op, ": k_cache has pages of 0 keys");
+  }
+  PYKERN_CHECK(value, layer.k_scale.given == layer.v_scale.given, c.op,
+               ": k_scale and v_scale must be given together");
+  for (const Arg& scale : {Arg{"k_scale", layer.k_scale}, Arg{"v_scale", layer.v_scale}}) {
+    c.dtype(scale, DType::f32);
+    c.same_device(scale, {"embedding", m.embedding});
+    c.rows_of(scale, {"k_cache", layer.k_cache});
+    c.contiguous(scale);
+    if (scale.t.given) c.output(scale);
   }
 }
 

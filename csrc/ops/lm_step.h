@@ -20,7 +20,8 @@ struct LmLayer {
   Tensor ln_1_weight, ln_1_bias, ln_2_weight, ln_2_bias;
   PackedWeight attn, proj, up, gate, down;  // gate without panels: not gated
   Tensor attn_bias, proj_bias, up_bias, gate_bias, down_bias;
-  Tensor k_cache, v_cache;  // [pages, G, page, D]
+  Tensor k_cache, v_cache;  // [pages, G, page, D], in the dtype of the step or, with scales, int8
+  Tensor k_scale, v_scale;  // float32 [pages, G, page]: a key is its int8 numbers times its scale
 };
 
 struct LmModel {

@@ -11,11 +11,22 @@ from pykern import ops
 PAGE = 64  # keys; a tile of the attention kernel is read where it lies when it is within one page
 
 
+def quantise_row(row: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, scale) of row [n_kv_head, head size]: the bits of int8 as uint8, and float32 [n_kv_head]; NaN where a number
+    is not finite."""
+    row = row.float()
+    finite = row.isfinite().all(-1)
+    scale = torch.where(finite, row.abs().amax(-1) / 127, torch.nan)
+    q = (row / torch.where(scale > 0, scale, torch.inf)[:, None]).round().nan_to_num(0.0)
+    return q.to(torch.int8).view(torch.uint8), scale
+
+
 class KVCache:
     """k, v [n_layer, pages, n_kv_head, page, head size]: key s of text b is slot s % page of page table[b, s // page].
 
     A text holds at most `capacity` tokens, and all of them together as many as there are pages, by default enough for
-    every text to be full. Pages are taken as texts grow. fork() lets two texts share pages; the one that writes first
+    every text to be full. Pages are taken as texts grow. dtype torch.int8 stores a key as k_scale times its numbers (uint8
+    here, the bits of int8), which are those of k / k_scale to the nearest integer, k_scale = max |k| / 127. fork() lets two texts share pages; the one that writes first
     into a shared page gets a copy of it. Written keys count once advance() says so, which is the last thing a forward
     pass does: a pass that fails half-way leaves the cache as it was.
     """
@@ -43,8 +54,13 @@ class KVCache:
         pages = batch * per_text if pages is None else pages
         if pages < 1:
             raise ValueError(f"KVCache: pages is {pages} but must be at least 1")
-        self.k = torch.zeros(n_layer, pages, n_kv_head, page, head_size, dtype=dtype, device=device)
+        stored = torch.uint8 if dtype == torch.int8 else dtype
+        self.k = torch.zeros(n_layer, pages, n_kv_head, page, head_size, dtype=stored, device=device)
         self.v = torch.zeros_like(self.k)
+        self.k_scale = self.v_scale = None
+        if dtype == torch.int8:
+            self.k_scale = torch.zeros(n_layer, pages, n_kv_head, page, device=device)
+            self.v_scale = torch.zeros_like(self.k_scale)
         self.table = torch.zeros(batch, per_text, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each text, in order
@@ -93,7 +109,9 @@ class KVCache:
             if n > 0 and at < len(pages) and self._users[pages[at]] > 1:
                 old, new = pages[at], self._take()
                 self._users[old] -= 1
-                self.k[:, new], self.v[:, new] = self.k[:, old], self.v[:, old]
+                for pool in (self.k, self.v, self.k_scale, self.v_scale):
+                    if pool is not None:
+                        pool[:, new] = pool[:, old]
                 pages[at] = new
                 self.table[text, at] = new
             while len(pages) * self.page < length + n:
@@ -149,27 +167,46 @@ class KVCache:
         self.lengths[target] = self.lengths[source]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """Adds n tokens to every text: k, v [n_layer, batch, n_kv_head, n, head size] in the cache's dtype."""
+        """Adds n tokens to every text: k, v [n_layer, batch, n_kv_head, n, head size] in the cache's dtype, floating
+        where that is int8."""
         expected = (self.k.shape[0], self.batch, self.k.shape[2], k.shape[3] if k.dim() == 5 else -1, self.k.shape[4])
         for name, x in (("k", k), ("v", v)):
             if tuple(x.shape) != expected:
                 raise ValueError(f"KVCache: {name} has shape {tuple(x.shape)} but must be {expected}")
-            if x.dtype != self.k.dtype:
+            if x.dtype != self.k.dtype if self.k_scale is None else not x.is_floating_point():
                 raise TypeError(f"KVCache: {name} is {x.dtype} but the cache {self.k.dtype}")
-        n = k.shape[3]
-        self.reserve(n)
+        self.reserve(k.shape[3])
+        for layer in range(len(k)):
+            self._store(layer, k[layer], v[layer])
+        self.advance(k.shape[3])
+
+    def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """k, v [batch, n_kv_head, n, head size] behind the texts, in one layer; they do not count yet."""
         for text in range(self.batch):
-            for i in range(n):
+            for i in range(k.shape[2]):
                 at = int(self.lengths[text]) + i
                 page, slot = self._pages[text][at // self.page], at % self.page
-                self.k[:, page, :, slot], self.v[:, page, :, slot] = k[:, text, :, i], v[:, text, :, i]
-        self.advance(n)
+                for x, pool, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+                    row = x[text, :, i]
+                    if scales is not None:
+                        row, scales[layer, page, :, slot] = quantise_row(row)
+                    pool[layer, page, :, slot] = row
+
+    def _read(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """k, v [..., page, head size] in dtype, for pages of any shape [...]."""
+        read = []
+        for pool, scales in ((self.k, self.k_scale), (self.v, self.v_scale)):
+            numbers = pool[layer, pages]
+            if scales is not None:
+                numbers = numbers.view(torch.int8).float() * scales[layer, pages][..., None]
+            read.append(numbers.to(dtype))
+        return read[0], read[1]
 
     def keys_and_values(self, layer: int, text: int) -> tuple[Tensor, Tensor]:
-        """k, v [n_kv_head, length, head size] of one text in one layer: copies."""
+        """k, v [n_kv_head, length, head size] of one text in one layer: copies, float32 where the cache is int8."""
         pages = self.table[text, : len(self._pages[text])].long()
-        length = int(self.lengths[text])
-        k, v = (x[layer, pages].transpose(0, 1).flatten(1, 2)[:, :length] for x in (self.k, self.v))
+        length, dtype = int(self.lengths[text]), self.k.dtype if self.k_scale is None else torch.float32
+        k, v = (x.transpose(0, 1).flatten(1, 2)[:, :length] for x in self._read(layer, pages, dtype))
         return k, v
 
     # ---- the `cache` argument of pykern.nn's blocks
@@ -191,18 +228,18 @@ class KVCache:
         """Stores k, v [B, n_kv_head, T, head size]; causal attention of q [B, n_head, T, head size] over all keys.
 
         bias, broadcastable to [B, n_head, T, length + T], is added to the scores: all texts then have one length.
-        alibi_slopes are those of attention. The pages must have been reserved.
+        alibi_slopes are those of attention. The pages must have been reserved. An int8 cache: texts of one length, too.
         """
-        attended = ops.attention_with_kvcache(
-            *(q, self.k[i], self.v[i], k, v),
-            cache_seqlens=self.lengths,
-            block_table=self.table,
-            alibi_slopes=alibi_slopes,
-            causal=True,
-        )
-        if bias is None:
-            return attended
+        if bias is None and self.k_scale is None:
+            return ops.attention_with_kvcache(
+                *(q, self.k[i], self.v[i], k, v),
+                cache_seqlens=self.lengths,
+                block_table=self.table,
+                alibi_slopes=alibi_slopes,
+                causal=True,
+            )
+        self._store(i, k, v)
         S = self.length + k.shape[2]
         pages = self.table[:, : -(-S // self.page)].long()
-        keys, values = (x[i, pages].transpose(1, 2).flatten(2, 3)[:, :, :S] for x in (self.k, self.v))
+        keys, values = (x.transpose(1, 2).flatten(2, 3)[:, :, :S] for x in self._read(i, pages, q.dtype))
         return ops.attention(q, keys, values, bias=bias, alibi_slopes=alibi_slopes, causal=True)

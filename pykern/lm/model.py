@@ -170,9 +170,11 @@ class Transformer(torch.nn.Module):
         loss = ops.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
 
-    def session(self, dtype: str = "float32", max_len: int | None = None, batch: int = 1) -> Session:
+    def session(
+        self, dtype: str = "float32", max_len: int | None = None, batch: int = 1, *, cache_dtype: str | None = None
+    ) -> Session:
         """A reader with a packed copy of the weights, "float32", "bfloat16", "int8" or "int4". max_len: block_size."""
-        return Session(self, dtype=dtype, max_len=max_len, batch=batch)
+        return Session(self, dtype=dtype, max_len=max_len, batch=batch, cache_dtype=cache_dtype)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Makes `folder` a checkpoint of this model in float32: config.json and model.safetensors, atomically."""

@@ -19,6 +19,17 @@ SAMPLE_BYTES = 1 << 24  # at least: a few milliseconds, beside which waking the 
 TILE = 1 << 14  # numbers, random: some processors read zeros faster
 
 
+def interpolated(rates: dict[int, float], size: float) -> float:
+    """The rate at this size, from the rates measured at others: straight lines between them, both axes logarithmic."""
+    sizes = sorted(rates)
+    after = bisect_left(sizes, size)
+    if after == 0 or after == len(sizes):
+        return rates[sizes[min(after, len(sizes) - 1)]]
+    low, high = sizes[after - 1], sizes[after]
+    share = math.log(size / low) / math.log(high / low)
+    return rates[low] ** (1 - share) * rates[high] ** share
+
+
 @dataclass(frozen=True)
 class Roof:
     """read: bytes per second by bytes of the working set. flops: per second, by dtype."""
@@ -28,14 +39,8 @@ class Roof:
     flops: dict[str, float]
 
     def bandwidth(self, working_set: float) -> float:
-        """Bytes per second read from a working set of this many bytes, interpolated between the sizes measured."""
-        sizes = sorted(self.read)
-        after = bisect_left(sizes, working_set)
-        if after == 0 or after == len(sizes):
-            return self.read[sizes[min(after, len(sizes) - 1)]]
-        low, high = sizes[after - 1], sizes[after]
-        share = math.log(working_set / low) / math.log(high / low)
-        return self.read[low] ** (1 - share) * self.read[high] ** share
+        """Bytes per second read from a working set of this many bytes."""
+        return interpolated(self.read, working_set)
 
 
 def _numbers(size: int) -> np.ndarray:

@@ -26,15 +26,24 @@ class Session:
     dtype "float32" or "bfloat16": logits are those of the model's forward pass in that dtype, bit for bit, whatever
     the batch, the chunks of a prefill and the thread count. "int8" and "int4" hold quantised matrices
     (pykern.lm.packing says how) and compute in float32: logits are those, bit for bit, of a float32 model with the
-    matrices that they stand for. Embeddings, biases and norms are not quantised. A session is a copy: training the
+    matrices that they stand for. Embeddings, biases and norms are not quantised. cache_dtype "int8" stores keys and
+    values in a quarter of float32's bytes, with an error (KVCache says which). A session is a copy: training the
     model does not change it. max_len tokens a text, block_size when None. CPU only.
     """
 
     def __init__(
-        self, model: "Transformer", dtype: str = "float32", max_len: int | None = None, batch: int = 1
+        self,
+        model: "Transformer",
+        dtype: str = "float32",
+        max_len: int | None = None,
+        batch: int = 1,
+        *,
+        cache_dtype: str | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"session: dtype is {dtype!r} but must be one of {', '.join(DTYPES)}")
+        if cache_dtype not in (None, "int8"):
+            raise ValueError(f"session: cache_dtype is {cache_dtype!r} but must be None, for what is computed, or int8")
         config = model.config
         max_len = config.block_size if max_len is None else max_len
         if not 1 <= max_len <= config.block_size:
@@ -44,7 +53,9 @@ class Session:
         if model.device.type != "cpu":
             raise ValueError(f"session: the model is on {model.device}, but the compiled step runs on the CPU")
         self.config, self.dtype, self.max_len, self.batch = config, dtype, max_len, batch
-        self.cache = KVCache(config.n_layer, batch, config.kv_heads, max_len, config.head_size, step_dtype(dtype))
+        self._logits_dtype = step_dtype(dtype)
+        stored = self._logits_dtype if cache_dtype is None else torch.int8
+        self.cache = KVCache(config.n_layer, batch, config.kv_heads, max_len, config.head_size, stored)
         with torch.no_grad():
             self._model, self.weight_bytes = compiled_model(model, dtype, max_len, self.cache)
         self._batcher = Batcher(self)
@@ -83,7 +94,7 @@ class Session:
             self.cache.reserve(len(row), [text])
         counts = [0, *(len(row) for row in rows)]
         outputs = 0 if not wanted else sum(counts) if every else len(texts)
-        logits = torch.empty(outputs, self.config.vocab_size, dtype=self.cache.k.dtype)
+        logits = torch.empty(outputs, self.config.vocab_size, dtype=self._logits_dtype)
         self._model.step(
             torch.cat(rows),
             torch.tensor(counts).cumsum(0).to(torch.int32),

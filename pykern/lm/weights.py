@@ -82,6 +82,8 @@ def compiled_model(model: "Transformer", dtype: str, max_len: int, cache: KVCach
                 "down_bias": vector(block.mlp.c_proj.bias),
                 "k_cache": cache.k[i],
                 "v_cache": cache.v[i],
+                "k_scale": None if cache.k_scale is None else cache.k_scale[i],
+                "v_scale": None if cache.v_scale is None else cache.v_scale[i],
             }
         )
     activation = body.h[0].mlp.activation
