@@ -25,10 +25,12 @@ class KVCache:
     """k, v [n_layer, pages, n_kv_head, page, head size]: key s of text b is slot s % page of page table[b, s // page].
 
     A text holds at most `capacity` tokens, and all of them together as many as there are pages, by default enough for
-    every text to be full. Pages are taken as texts grow. dtype torch.int8 stores a key as k_scale times its numbers (uint8
-    here, the bits of int8), which are those of k / k_scale to the nearest integer, k_scale = max |k| / 127. fork() lets two texts share pages; the one that writes first
+    every text to be full. Pages are taken as texts grow. fork() lets two texts share pages; the one that writes first
     into a shared page gets a copy of it. Written keys count once advance() says so, which is the last thing a forward
     pass does: a pass that fails half-way leaves the cache as it was.
+
+    dtype torch.int8 stores a key as k_scale times its numbers (uint8 here, the bits of int8), which are those of
+    k / k_scale to the nearest integer, k_scale = max |k| / 127; values likewise.
     """
 
     def __init__(
