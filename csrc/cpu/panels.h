@@ -12,16 +12,17 @@ namespace {
 
 // P panels side by side as the right operand of a tile. A source begins at a chunk: enter(u) makes
 // it ready for unit u, of which run(u) more follow in one go.
-template <class T, int P>
-struct NumberPanels {
+//
+// Units as they are stored: operands or, in bfloat16 where it is no operand, numbers to widen.
+template <class T, class Stored, int P>
+struct PlainPanels {
   using V = Vec<Compute<T>>;
   static constexpr int W = kTileColumns<T>, NV = P * kTileVectors;
-  using Number = Compute<T>;
-  const Number* data[P];
+  const Stored* data[P];
 
-  NumberPanels(const PackedWeight& w, int64_t panel) {
+  PlainPanels(const PackedWeight& w, int64_t panel) {
     for (int p = 0; p < P; ++p)
-      data[p] = static_cast<const Number*>(w.panels.data) + (panel + p) * units<T>(w.K) * W;
+      data[p] = static_cast<const Stored*>(w.panels.data) + (panel + p) * units<T>(w.K) * W;
   }
   int64_t run(int64_t left) const { return left; }
   void enter(int64_t) {}
@@ -31,29 +32,6 @@ struct NumberPanels {
 #pragma GCC unroll 2
       for (int j = 0; j < kTileVectors; ++j)
         row[p * kTileVectors + j] = load(data[p] + j * V::lanes);
-      data[p] += W;
-    }
-  }
-};
-
-// bfloat16 where it is no operand: widened
-template <int P>
-struct Bf16Panels {
-  static constexpr int W = kTileColumns<bf16>, NV = P * kTileVectors;
-  const bf16* data[P];
-
-  Bf16Panels(const PackedWeight& w, int64_t panel) {
-    for (int p = 0; p < P; ++p)
-      data[p] = static_cast<const bf16*>(w.panels.data) + (panel + p) * w.K * W;
-  }
-  int64_t run(int64_t left) const { return left; }
-  void enter(int64_t) {}
-  [[gnu::always_inline]] void load_next(VecF (&row)[NV]) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j)
-        row[p * kTileVectors + j] = load(data[p] + j * VecF::lanes);
       data[p] += W;
     }
   }
@@ -134,10 +112,17 @@ struct Int4Panels {
   }
 };
 
-// The panels that a step in T reads of a weight of this kind.
+// Whether a step in T widens the panels of a weight of this kind: many rows then share one that is
+// widened once.
+template <class T, WeightKind kind>
+constexpr bool kWidened = true;
+template <class T>
+constexpr bool kWidened<T, WeightKind::numbers> = sizeof(T) < sizeof(Compute<T>) && !kPaired<T>;
+
+// The panels that it reads.
 template <class T, WeightKind kind, int P>
 struct PanelsOf {
-  using type = NumberPanels<T, P>;
+  using type = PlainPanels<T, Compute<T>, P>;
 };
 template <int P>
 struct PanelsOf<float, WeightKind::int8, P> {
@@ -150,22 +135,19 @@ struct PanelsOf<float, WeightKind::int4, P> {
 #if !defined(__AVX512BF16__)
 template <int P>
 struct PanelsOf<bf16, WeightKind::numbers, P> {
-  using type = Bf16Panels<P>;
+  using type = PlainPanels<bf16, bf16, P>;
 };
 #endif
 
-// Whether panels are no operands of the tile: many rows then share one that is widened once.
-template <class T, WeightKind kind>
-constexpr bool kWidened = true;
-template <class T>
-constexpr bool kWidened<T, WeightKind::numbers> = sizeof(T) < sizeof(Compute<T>) && !kPaired<T>;
-
-// Panels that R rows take at a time: enough sums in flight to hide the latency of an addition, in
-// as many registers as the tile of gemm.h.
+// Panels that R rows take at a time: many sums in flight hide the latency of an addition, as long
+// as they, the vectors of a unit and a number of a fit the registers. (For one row, vectors are
+// operands from memory.)
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+constexpr bool fits(int R, int P) { return R == 1 || (R + 1) * P * kTileVectors + 1 <= kRegisters; }
 template <int R>
-constexpr int kPanels = R * 4 <= kTileRows   ? 4
-                        : R * 2 <= kTileRows ? 2
-                                             : 1;
+constexpr int kPanels = fits(R, 4)   ? 4
+                        : fits(R, 2) ? 2
+                                     : 1;
 
 // out [R][P W] = the R rows of a, packed with their units side by side, times P panels from b on.
 template <class T, int R, int P, class Source>
@@ -297,7 +279,7 @@ static void product_of(Team& team, const PackedWeight& w, const T* x, int64_t x_
       const int height = rows - s * R < R ? static_cast<int>(rows - s * R) : R;
       with_rows(height, [&](auto n) {
         multiply_panels<T, n.value, 1>(units<T>(w.K), packed + s * memory.strip,
-                                       NumberPanels<T, 1>(numbers, at), tile);
+                                       PlainPanels<T, C, 1>(numbers, at), tile);
       });
       const int64_t left = w.N - panel * W;
       sink.take(sink.context, s * R, height, panel * W, left < W ? left : W, tile, W);
