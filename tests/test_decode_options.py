@@ -262,14 +262,16 @@ PARTED = {
 }
 
 
+@pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", PARTED)
-def test_threads_that_share_the_keys_change_no_bit(name, dtype, with_threads):
-    """One key head of 4 query heads: with one thread its 2500 keys are one task, else three parts. Parts begin at
-    multiples of 1024 keys in a prefill, too."""
+def test_threads_that_share_the_keys_change_no_bit(name, dtype, key_heads, with_threads):
+    """With one thread the 2500 keys of a head are one task, else three parts, when its 4 or 2 rows are few: 2 are in
+    all dtypes, but in float64 on base, and are dealt from 3 threads on. Parts begin at multiples of 1024 in a prefill,
+    too."""
     assert "kPartKeys = 1024;" in (ROOT / "csrc/cpu/attention_memory.h").read_text()
     options = typed(PARTED[name], dtype)
-    arguments = inputs([2499, 1030], T=1, D=16, H=4, G=1, dtype=dtype)
+    arguments = inputs([2499, 1030], T=1, D=16, H=4, G=key_heads, dtype=dtype)
     one = with_threads(1, lambda: run(arguments, **options))
     for threads in (2, 3, 4):
         shared = with_threads(threads, lambda: run(arguments, **options))
