@@ -135,7 +135,7 @@ def attention_with_kvcache(
     rotary_cos: Array | None,
     rotary_sin: Array | None,
     out: Array,
-    lse: Array,
+    lse: Array | None,
     *,
     causal: bool,
     scale: float,

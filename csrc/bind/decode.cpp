@@ -18,7 +18,8 @@ static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle 
   const Borrowed cache_seqlens_(cache_seqlens, kOp, "cache_seqlens");
   const Optional rotary_cos_(rotary_cos, kOp, "rotary_cos"),
       rotary_sin_(rotary_sin, kOp, "rotary_sin");
-  const Borrowed out_(out, kOp, "out"), lse_(lse, kOp, "lse");
+  const Borrowed out_(out, kOp, "out");
+  const Optional lse_(lse, kOp, "lse");
   const Optional padding_(cache_leftpad, kOp, "cache_leftpad"),
       table_(block_table, kOp, "block_table"), slopes_(alibi_slopes, kOp, "alibi_slopes"),
       sinks_(sinks, kOp, "sinks");

@@ -47,49 +47,171 @@ static inline Compute<T> update_row(const Group<T>& x, int64_t r, int64_t first,
   return rescale.r[0];
 }
 
-// The tile at `first`, whose keys and values are packed, added to n rows of the group from r0 on.
+// The next kPart units of as many rows as a vector has lanes, turned: to[u] = unit u of every row.
+template <class T>
+[[gnu::always_inline]] static inline void load_columns(const T* p, int64_t row,
+                                                       Vec<Compute<T>> (&to)[kPart<Compute<T>>]) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int n = kPart<C>, bytes = n * kUnit<T> * sizeof(T);
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) {
+    const auto all =
+        load_pieces<bytes>(reinterpret_cast<const char*>(p + i * row), n * row * sizeof(T));
+    if constexpr (sizeof all == sizeof to[i].r) {
+      to[i].r = (typename V::Reg)all;
+    } else {
+      T numbers[V::lanes];
+      memcpy(numbers, &all, sizeof numbers);
+      to[i] = load(numbers);
+    }
+  }
+  transpose_parts(to);
+}
+
+// Scores of n rows before they are scaled, against a whole tile whose keys lie in rows: keys are
+// turned in the registers. The sums are those of multiply_tile, bit for bit.
 template <class T, int n>
-static void add_tile(const Group<T>& x, int64_t r0, int64_t first, int64_t keys, uint64_t* words,
-                     const Right<T>& values, const RowMemory<T>& memory) {
+static void multiply_keys(const T* keys, int64_t row, int64_t width, const Compute<T>* q,
+                          Compute<T>* s) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int NV = kTileVectors, part = kPart<C>, line = 64 / sizeof(T) / kUnit<T>;
+  for (int first = 0; first < kKeys; first += NV * V::lanes) {
+    const T* p = keys + first * row;
+    V sum[n][NV] = {}, run[n][NV] = {};
+    for (int64_t u = 0; u < width; u += part, p += part * kUnit<T>) {
+      if (u % line == 0)
+        for (int r = 0; r < NV * V::lanes; ++r) __builtin_prefetch(p + (kKeys + r) * row);
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) {
+        V column[part];
+        load_columns<T>(p + j * V::lanes * row, row, column);
+#pragma GCC unroll 4
+        for (int i = 0; i < part; ++i)
+#pragma GCC unroll 8
+          for (int r = 0; r < n; ++r)
+            run[r][j] = multiply_add<T>(run[r][j], V::splat(q[(u + i) * kTileRows + r]), column[i]);
+      }
+      if (!kFused && ((u + part) % kShortRun == 0 || u + part >= width))
+        for (int r = 0; r < n; ++r)
+          for (int j = 0; j < NV; ++j) sum[r][j] = sum[r][j] + run[r][j], run[r][j] = V::zero();
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < n; ++r)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j)
+        store(s + r * kKeys + first + j * V::lanes, kFused ? run[r][j] : sum[r][j]);
+  }
+}
+
+// Values as the right operand of a tile, widened on the way.
+template <class T>
+struct ValueRows {
+  using V = Vec<Compute<T>>;
+  const T* data;
+  int64_t row, ahead;  // to the next row, to what is fetched meanwhile
+
+  template <int NV>
+  [[gnu::always_inline]] void load_next(V (&to)[NV]) {
+    constexpr int bytes = NV * V::lanes * sizeof(T);
+#pragma GCC unroll 8
+    for (int i = 0; i < bytes; i += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(data + ahead) + i);
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) to[j] = load(data + j * V::lanes);
+    data += row;
+  }
+};
+
+// out = out rescale + weights values for n rows, in NV vectors of columns from e on
+template <class T, int n, int NV, class Source>
+[[gnu::always_inline]] static inline void add_values(int64_t count, const RowMemory<T>& memory,
+                                                     const Compute<T>* rescale, Source values,
+                                                     int64_t e) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  V acc[n][NV] = {};
+  multiply_tile<T, n, NV>(count, memory.p, kKeys / kUnit<T>, 1, values, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < n; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < NV; ++j) {
+      C* out = memory.out + i * memory.E_padded + e + j * V::lanes;
+      store(out, fma(load(out), V::splat(rescale[i]), acc[i][j]));
+    }
+}
+
+// A tile of keys and values where they lie.
+template <class T>
+struct TileOf {
+  int64_t first, keys;
+  TileRows<T> k, v;
+};
+
+// The tile added to n rows of the group from r0 on.
+template <class T, int n>
+static void add_tile(const Group<T>& x, int64_t r0, const TileOf<T>& tile, uint64_t* words,
+                     const RowMemory<T>& memory) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int W = kTileColumns<T>, R = kTileRows;
   constexpr int p_row = kKeys / kUnit<T>;  // units of a row of weights
-  const int64_t width = units<T>(x.D), count = units<T>(keys), E_padded = memory.E_padded;
-  for (int c = 0; c < kKeys / W; ++c) {
-    V acc[n][kTileVectors] = {};
-    multiply_tile<T, n, kTileVectors>(width, memory.q, 1, R, memory.keys + c * W, kKeys, acc);
-    for (int i = 0; i < n; ++i)
-      for (int j = 0; j < kTileVectors; ++j)
-        store(memory.s + i * kKeys + c * W + j * V::lanes, acc[i][j]);
+  const int64_t keys = tile.keys, count = units<T>(keys), E_padded = memory.E_padded;
+  if (keys == kKeys && x.D % (kPart<C> * kUnit<T>) == 0) {
+    multiply_keys<T, n>(tile.k.data, tile.k.row, units<T>(x.D), memory.q, memory.s);
+  } else {
+    pack_keys<T>(memory.keys, tile.k.data, tile.k.row, keys, x.D);
+    for (int c = 0; c < kKeys; c += W) {
+      V acc[n][kTileVectors] = {};
+      multiply_tile<T, n, kTileVectors>(units<T>(x.D), memory.q, 1, R, memory.keys + c, kKeys, acc);
+      for (int i = 0; i < n; ++i)
+        for (int j = 0; j < kTileVectors; ++j)
+          store(memory.s + i * kKeys + c + j * V::lanes, acc[i][j]);
+    }
   }
   C rescale[n];
   uint64_t all = low_bits(keys);
   for (int i = 0; i < n; ++i) {
-    rescale[i] = update_row<T>(x, r0 + i, first, memory.s + i * kKeys, words[i],
+    rescale[i] = update_row<T>(x, r0 + i, tile.first, memory.s + i * kKeys, words[i],
                                memory.p + i * p_row, memory.m + i, memory.l + i);
     all &= words[i];
   }
-  const bool hide = all != low_bits(keys) && !all_finite<T>(values, count, E_padded);
+  const bool whole = all == low_bits(keys);
+  if (!kPaired<T> && whole && x.E % W == 0) {
+    constexpr int NV = n == 1 ? 4 * kTileVectors : n == 2 ? 2 * kTileVectors : kTileVectors;
+    int64_t e = 0;
+    const auto add = [&](auto vectors) {  // fetches the next columns, or the next tile
+      constexpr int columns = vectors.value * V::lanes;
+      const int64_t ahead = e + columns < x.E ? columns : kKeys * tile.v.row - e;
+      add_values<T, n, vectors.value>(count, memory, rescale,
+                                      ValueRows<T>{tile.v.data + e, tile.v.row, ahead}, e);
+      e += columns;
+    };
+    while (e + NV * V::lanes <= x.E) add(Rows<NV>{});
+    while (e < x.E) add(Rows<kTileVectors>{});
+    return;
+  }
+  const Right<T> values = right_rows<T>(tile.v.data, tile.v.row, keys, x.E, memory.values);
+  const bool hide = !whole && !all_finite<T>(values, count, E_padded);
   for (int64_t e = 0; e < E_padded; e += W) {
     const C* panel = values.data + e / W * values.panel;
-    V acc[n][kTileVectors] = {};
-    if (!hide)
-      multiply_tile<T, n, kTileVectors>(count, memory.p, p_row, 1, panel, values.unit, acc);
-    for (int i = 0; hide && i < n; ++i) {
+    if (!hide) {
+      add_values<T, n, kTileVectors>(count, memory, rescale, UnitRows<C>{panel, values.unit}, e);
+      continue;
+    }
+    for (int i = 0; i < n; ++i) {
       const uint64_t word = words[i];
       hide_rows<T>(memory.hidden, panel, values.unit, count,
                    [&](int64_t k) { return word >> k & 1; });
       V row[1][kTileVectors] = {};
       multiply_tile<T, 1, kTileVectors>(count, memory.p + i * p_row, p_row, 1, memory.hidden, W,
                                         row);
-      for (int j = 0; j < kTileVectors; ++j) acc[i][j] = row[0][j];
-    }
-    for (int i = 0; i < n; ++i)
       for (int j = 0; j < kTileVectors; ++j) {
         C* out = memory.out + i * E_padded + e + j * V::lanes;
-        store(out, fma(load(out), V::splat(rescale[i]), acc[i][j]));
+        store(out, fma(load(out), V::splat(rescale[i]), row[0][j]));
       }
+    }
   }
 }
 
@@ -142,10 +264,9 @@ template <class T>
     if (any == 0) continue;
     const TileRows<T> k = tile_keys(x, first, keys, memory.page_k);
     const TileRows<T> v = tile_values(x, first, keys, memory.page_v);
-    pack_keys<T>(memory.keys, k.data, k.row, keys, x.D);
-    const Right<T> values = right_rows<T>(v.data, v.row, keys, x.E, memory.values);
-    with_rows(
-        n, [&](auto rows) { add_tile<T, rows.value>(x, r0, first, keys, words, values, memory); });
+    const TileOf<T> tile{first, keys, k, v};
+    with_rows<kFewRows<T>>(n,
+                           [&](auto rows) { add_tile<T, rows.value>(x, r0, tile, words, memory); });
   }
 }
 

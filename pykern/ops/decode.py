@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pykern.ops._library import _C, optional_tensors, require_tensors, unit_last
-from pykern.ops.attention import results, slopes_of, window_limits
+from pykern.ops.attention import out_like, slopes_of, window_limits
 
 
 def attention_with_kvcache(
@@ -59,7 +59,8 @@ def attention_with_kvcache(
         if x.dim() != 4:
             raise ValueError(f"attention_with_kvcache: {name} must be {layout}, got shape {list(x.shape)}")
     left, right = window_limits("attention_with_kvcache", window, causal)
-    out, lse = results(q, v_cache)
+    stat = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out, lse = out_like(q, v_cache), q.new_empty(q.shape[:3], dtype=stat) if return_lse else None
     _C.attention_with_kvcache(
         unit_last(q),
         k_cache,
@@ -84,4 +85,4 @@ def attention_with_kvcache(
     )
     if k is not None:
         torch.autograd.graph.increment_version([k_cache, v_cache])
-    return (out, lse if q.dtype == torch.float64 else lse.float()) if return_lse else out
+    return out if lse is None else (out, lse)
