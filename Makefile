@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[lm,test]"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[lm,course,hf,test]"
 	touch $@
 
 demo: $(VENV)/ready

@@ -23,6 +23,7 @@ TABLE = ("csrc/cpu/table.cpp", "runtime/cpu_table.h")  # the one meeting point: 
 # header could be the copy that the linker keeps for the whole program, so kernels include C headers only.
 KERNEL_HEADERS = {"stdint.h", "string.h", "stdlib.h", "math.h", "omp.h", "sched.h"}
 VEC_HEADERS = {"immintrin.h", "arm_neon.h", "utility"}  # integer_sequence is a type without code
+VEC_FILES = ("csrc/cpu/vec.h", "csrc/cpu/vec_arithmetic.h")  # the only ones with intrinsics
 KERNEL_STD = {"integer_sequence", "make_integer_sequence", "index_sequence", "make_index_sequence"}
 
 # part of pykern -> what it may not import, besides pykern.testing
@@ -63,13 +64,13 @@ def _cpp(path: str, text: str) -> Iterator[str]:
             if name.startswith(("pybind11", "Python.h")) or "dlpack" in name:
                 yield f"{path}: only csrc/bind may include {name}"
     if layer == "cpu":
-        allowed = KERNEL_HEADERS | (VEC_HEADERS if path == "csrc/cpu/vec.h" else set())
+        allowed = KERNEL_HEADERS | (VEC_HEADERS if path in VEC_FILES else set())
         for name in sorted(system - allowed):
             yield f"{path}: kernels may not include {name}"
         for name in sorted(set(re.findall(r"\bstd::(\w+)", code)) - KERNEL_STD):
             yield f"{path}: kernels may not use std::{name}"
-        if path != "csrc/cpu/vec.h" and (found := re.search(r"\b_mm\w+|\bv(?:ld|st|add|mul)1?q?_\w+", code)):
-            yield f"{path}: the intrinsic {found[0]} belongs into csrc/cpu/vec.h"
+        if path not in VEC_FILES and (found := re.search(r"\b_mm\w+|\bv(?:ld|st|add|mul)1?q?_\w+", code)):
+            yield f"{path}: the intrinsic {found[0]} belongs into {VEC_FILES[0]}"
         if re.search(r"\b(?:throw|new)\b|(?<!= )\bdelete\b", code):
             yield f"{path}: kernels neither throw nor allocate with new"
     if found := re.search(r"\b(?:printf|fprintf|puts|cout|cerr|exit|abort|assert)\b\s*[(<]", code):

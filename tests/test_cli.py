@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import pykern
-from pykern.cli import OPTIONS, SHAPE, main
+from pykern.cli import main
+from pykern.cli.train import OPTIONS, SHAPE
 from pykern.lm import Config, Tokenizer, TrainOptions, Transformer
 from pykern.lm.plot import column, read_rows
 

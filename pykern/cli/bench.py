@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pykern.cli_parts import Parser
+from pykern.cli.parts import Parser
 
 if TYPE_CHECKING:
     from pykern.lm.bench import Plan, Result

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from pykern.cli_parts import add_threads, load_model, set_threads
+from pykern.cli.parts import add_threads, load_model, set_threads
 
 
 def add_generate(commands: Any) -> None:
