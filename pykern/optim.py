@@ -24,10 +24,21 @@ def fixed_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=dtype)
 
 
+def local(x: Any) -> Any:
+    """x, or this process's shard of it, in the same memory, when it is a DTensor (as under FSDP2)."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, a scalar on the first one's device."""
-    norms = [fixed_norm(p.grad) for p in parameters if p.grad is not None]
-    return fixed_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
+    """The Euclidean norm of all gradients together, shards of other processes included, on the first one's device."""
+    grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
+    norms = [fixed_norm(local(grad)) for grad in grads]
+    norm = fixed_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
+    if any(hasattr(grad, "device_mesh") for grad in grads):
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=grads[0].device_mesh.get_group())
+        return square.sqrt()
+    return norm
 
 
 class AdamW(torch.optim.Optimizer):
@@ -36,7 +47,8 @@ class AdamW(torch.optim.Optimizer):
     float32, float64, bfloat16 or float16 parameters. The moments are float32 (float64 for float64); a 16-bit parameter
     is the rounded copy of a float32 master weight, so that steps too small for 16 bits still add up. max_norm scales
     all gradients so that their joint norm is at most max_norm; `grad_norm` is the norm, before scaling, that the last
-    step saw; when it is not finite, step() raises FloatingPointError and changes nothing.
+    step saw; when it is not finite, step() raises FloatingPointError and changes nothing. Parameters may be DTensors
+    sharded over one mesh (FSDP2): each process updates its shard, and the norm is that of all shards.
     """
 
     def __init__(
@@ -100,12 +112,9 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state = self.prepare(p)
                 state["step"] = int(state["step"]) + 1
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
                 adamw_(
-                    p,
-                    p.grad,
-                    state["exp_avg"],
-                    state["exp_avg_sq"],
-                    state.get("master"),
+                    *map(local, tensors),
                     lr=float(group["lr"]),
                     beta1=beta1,
                     beta2=beta2,

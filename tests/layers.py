@@ -32,6 +32,7 @@ MAY_NOT_IMPORT = {
     "nn": ("pykern.lm", "pykern.tape", "pykern.cli"),
     "optim": ("pykern.lm", "pykern.tape", "pykern.nn", "pykern.cli"),
     "lm": ("pykern.tape",),
+    "course": ("pykern.cli",),
     "tape": ("torch", "pykern.ops", "pykern.nn", "pykern.lm", "pykern.optim", "pykern.cli"),
     "integrations": ("pykern.tape", "pykern.cli"),
     "config": ("torch", "pykern.ops", "pykern.nn", "pykern.lm", "pykern.tape", "pykern.cli"),

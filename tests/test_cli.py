@@ -82,6 +82,7 @@ def test_every_option_reaches_the_run(folder, tmp_path):
         "n_head": 4,
         "n_kv_head": 2,
         "n_embd": 16,
+        "n_hidden": 20,
         "block_size": 8,
         "positions": "learned",
         "norm": "layernorm",

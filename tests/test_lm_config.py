@@ -34,6 +34,18 @@ REFUSED_FIELDS = {
     "dropout as text": ("dropout", "0.1"),
     "dropout huge": ("dropout", 10**400),
     "dropout bool": ("dropout", False),
+    "zero hidden width": ("n_hidden", 0),
+    "hidden width as a float": ("n_hidden", 64.0),
+    "huge hidden width": ("n_hidden", 10**400),
+    "norm_eps of zero": ("norm_eps", 0.0),
+    "norm_eps NaN": ("norm_eps", math.nan),
+    "norm_eps bool": ("norm_eps", True),
+    "norm_eps as text": ("norm_eps", "1e-5"),
+    "rope_theta below 1": ("rope_theta", 0.5),
+    "rope_theta infinite": ("rope_theta", math.inf),
+    "rope_theta huge": ("rope_theta", 10**400),
+    "rope_theta without rope": ("rope_theta", 5e5),
+    "rope_theta None": ("rope_theta", None),
 }
 
 
@@ -89,3 +101,30 @@ def test_config_counts_llama_shape():
     config = Config(**SMALL, n_kv_head=2, positions="rope", norm="rmsnorm", activation="swiglu", tied_head=False)
     block = 32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 88 + 2 * 32
     assert config.parameter_count == 2 * 256 * 32 + 2 * block + 32
+
+
+def test_config_of_an_older_file_means_what_it_meant():
+    """The fields that a file may lack, and the widths and epsilons that were fixed before there were fields."""
+    older = {**SMALL, "n_kv_head": None, "positions": "learned", "norm": "layernorm", "activation": "gelu"}
+    config = Config.from_dict({**older, "tied_head": True, "qk_norm": False, "dropout": 0.0})
+    assert (config.hidden_size, config.norm_epsilon, config.rope_theta) == (128, 1e-5, 10000.0)
+    assert Config(**{**SMALL, "norm": "rmsnorm"}).norm_epsilon == 1e-6
+
+
+def test_config_counts_the_hidden_width_and_keeps_the_given_numbers():
+    config = Config(**SMALL, n_hidden=40, norm_eps=1e-3, positions="rope", rope_theta=5e5)
+    assert (config.hidden_size, config.norm_epsilon) == (40, 1e-3)
+    default = Config(**SMALL, positions="rope")
+    narrower = 2 * (128 - 40)  # columns of two layers, each with two rows of 32 and an entry of the bias
+    assert default.parameter_count - config.parameter_count == narrower * (2 * 32 + 1)
+    assert default.forward_flops_per_token() - config.forward_flops_per_token() == 2 * narrower * 2 * 32
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "relu", "silu", "swiglu"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_config_counts_the_parameters_that_a_model_has(activation, norm):
+    model = pytest.importorskip("pykern.lm.model")
+    config = Config(**SMALL, n_hidden=40, activation=activation, norm=norm, tied_head=False)
+    tensors = model.expected_tensors(config)
+    assert sum(tensor.numel() for tensor in tensors.values()) == config.parameter_count

@@ -16,6 +16,17 @@ MODELS |= {
     "odd head size": {"n_embd": 18, "n_head": 2, "positions": "none", "vocab_size": 5, "block_size": 80},
     "odd width": {"n_embd": 15, "n_head": 3, "positions": "alibi", "vocab_size": 1, "block_size": 80},
     "wide": WIDE,
+    "odd hidden width, exact gelu, norm_eps": {
+        "n_hidden": 37,
+        "activation": "gelu_erf",
+        "norm_eps": 0.01,
+        "block_size": 80,
+    },
+    "silu without a gate": {"n_hidden": 23, "activation": "silu", "block_size": 80},
+    "llama, rope_theta, narrow": {
+        **SHAPES["llama"],
+        **{"n_hidden": 13, "rope_theta": 5e5, "norm_eps": 0.05, "n_embd": 24, "vocab_size": 37, "block_size": 80},
+    },
 }
 # New tokens of each text in each call; text 0 goes over a page of 64 keys.
 CALLS = ({0: 1, 1: 5, 2: 7}, {2: 13, 0: 20}, {1: 1}, {0: 7, 2: 1, 1: 20}, {1: 1, 2: 1, 0: 1}, {0: 41, 1: 2})

@@ -32,26 +32,29 @@ HARD = [
 ]
 
 
+SIZES = {"byte": 256, "character": None, "word": None, "wordpiece": 160, "bpe": 286, "unigram": 330}
+
+
 def make(kind):
-    return Tokenizer.train(kind, TEXTS, None if kind == "character" else 256 + 30 * (kind == "bpe"))
+    return Tokenizer.train(kind, TEXTS, SIZES[kind])
 
 
 MADE = {kind: make(kind) for kind in KINDS}
 ANY_TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "unigram"])
 @settings(max_examples=8 * settings.default.max_examples)
 @given(text=ANY_TEXT)
-def test_byte_level_round_trip_is_exact(kind, text):
+def test_lossless_round_trip_is_exact(kind, text):
     ids = MADE[kind].encode(text)
     assert MADE[kind].decode(ids) == text and MADE[kind].decode_bytes(ids) == text.encode()
     assert int(MADE[kind].bytes_per_token[ids].sum()) == len(text.encode())
 
 
-@pytest.mark.parametrize("kind", ["byte", "bpe"])
+@pytest.mark.parametrize("kind", ["byte", "bpe", "unigram"])
 @pytest.mark.parametrize("text", HARD, ids=ascii)
-def test_byte_level_round_trip_of_hard_texts(kind, text):
+def test_lossless_round_trip_of_hard_texts(kind, text):
     assert MADE[kind].decode(MADE[kind].encode(text)) == text
 
 
@@ -97,8 +100,8 @@ def test_character_maps_unknown_to_one_token():
     assert tokenizer.encode("heyX😀") == [3, 2, 0, 0, 0]
     assert tokenizer.decode([3, 2, 0]) == "he" + UNKNOWN
     assert tokenizer.decode(tokenizer.encode("hello\n")) == "hello\n"
-    assert tokenizer.bytes_per_token.tolist() == [1, 1, 1, 1, 1, 1]
-    assert Tokenizer.train("character", "é€😀").bytes_per_token.tolist() == [1, 2, 3, 4]
+    assert tokenizer.bytes_per_token.tolist() == [0, 1, 1, 1, 1, 1]  # unknown: no bytes
+    assert Tokenizer.train("character", "é€😀").bytes_per_token.tolist() == [0, 2, 3, 4]
 
 
 def test_character_keeps_the_most_frequent():
@@ -134,7 +137,7 @@ def test_load_accepts_merges_written_with_spaces():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="kind must be one of byte, bpe, character"):
+    with pytest.raises(ValueError, match="kind must be one of byte, character, word, wordpiece, bpe, unigram"):
         Tokenizer.train("sentence", TEXTS)
     with pytest.raises(ValueError, match="bpe needs a vocab_size of at least 256, got 255"):
         Tokenizer.train("bpe", TEXTS, 255)
@@ -261,6 +264,9 @@ FLOODS = {
     + b",".join(b'"%x":%d' % (i, i % 10) for i in range(800_000))
     + b"}}}",
     "merges": None,
+    "words": None,
+    "pieces": None,
+    "scores": None,
 }
 
 
@@ -268,8 +274,15 @@ FLOODS = {
 def test_largest_accepted_file_stays_within_time_and_memory(tmp_path, name):
     """In a process of its own, whose memory can be watched."""
     if FLOODS[name] is None:
-        document = json.loads(MADE["bpe"].to_json())
-        document["model"]["merges"] *= 16000
+        kind = {"merges": "bpe", "words": "word", "pieces": "wordpiece", "scores": "unigram"}[name]
+        document = json.loads(MADE[kind].to_json())
+        model = document["model"]
+        if name == "merges":
+            model["merges"] *= 16000
+        elif name == "scores":
+            model["vocab"] += [[f"{i:x}.", -9] for i in range(500_000)]
+        else:
+            model["vocab"].update({f"{i:x}.": i for i in range(len(model["vocab"]), 420_000)})
         data = json.dumps(document, separators=(",", ":")).encode()
     else:
         data = FLOODS[name]
@@ -297,4 +310,4 @@ print(peak() - before)
     outcome, kilobytes = run.stdout.split()
     print(f"{name}: {outcome}, {seconds:.1f} s of processor time, {time.perf_counter() - start:.1f} s, {kilobytes} KiB")
     assert seconds < 5 and int(kilobytes) < 300 << 10
-    assert outcome == ("loaded" if name == "merges" else "refused")
+    assert outcome == ("loaded" if name in ("merges", "words", "pieces") else "refused")

@@ -1,4 +1,5 @@
-"""The command line: pykern train | generate | evaluate | tokenize | bench | check | info.
+"""The command line: pykern train | finetune | classify | generate | prompt | evaluate | tokenize | prepare |
+order | digits | export | import | bench | check | info.
 
 Results go to stdout, progress and refusals to stderr. A refusal is one line, exit code 2 for the command line itself
 and 1 for what it names; Ctrl-C is 130.
@@ -11,9 +12,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pykern.cli.attention import add_attention
+from pykern.cli.classify import add_classify
+from pykern.cli.digits import add_digits
 from pykern.cli.evaluate import add_evaluate
+from pykern.cli.export import add_export, add_import
+from pykern.cli.finetune import add_finetune
 from pykern.cli.generate import add_generate
+from pykern.cli.order import add_order
 from pykern.cli.parts import Parser
+from pykern.cli.prepare import add_prepare
+from pykern.cli.prompt import add_prompt
 from pykern.cli.tokenize import add_tokenize
 from pykern.cli.train import add_train
 
@@ -58,7 +67,21 @@ def make_parser() -> Parser:
         prog="pykern", description="Fused Transformer kernels and a language model on them.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser, dest="command")
-    for add in (add_train, add_generate, add_evaluate, add_tokenize):
+    for add in (
+        add_train,
+        add_finetune,
+        add_classify,
+        add_generate,
+        add_prompt,
+        add_evaluate,
+        add_tokenize,
+        add_prepare,
+        add_order,
+        add_digits,
+        add_export,
+        add_import,
+        add_attention,
+    ):
         add(commands)
     for name, (_, text) in PASSED_ON.items():
         commands.add_parser(name, help=text, add_help=False)

@@ -13,10 +13,11 @@ SHAPE = {  # field of Config: (type or choices, default, help)
     "n_head": (int, 4, "attention heads"),
     "n_kv_head": (int, None, "key and value heads, a divisor of --n-head (default: as many)"),
     "n_embd": (int, 128, "width"),
+    "n_hidden": (int, None, "width inside the MLP (default: 4 n_embd, swiglu 8/3 n_embd)"),
     "block_size": (int, 128, "tokens that the model sees at once"),
     "positions": (("learned", "sinusoidal", "rope", "alibi", "t5", "none"), "rope", "how the model knows the order"),
     "norm": (("layernorm", "rmsnorm"), "rmsnorm", "normalisation before each half of a block"),
-    "activation": (("gelu", "relu", "swiglu"), "swiglu", "inside the MLP"),
+    "activation": (("gelu", "gelu_erf", "relu", "silu", "swiglu"), "swiglu", "inside the MLP"),
     "dropout": (float, 0.0, "share of what each half of a block adds that is dropped in training"),
 }
 SWITCHES = {"untied_head": "own weights for the head", "qk_norm": "normalise every head's query and key"}
@@ -47,13 +48,21 @@ def add_train(commands: Any) -> None:
     from pykern.lm.options import TrainOptions
 
     parser = commands.add_parser("train", help="train a language model on text", allow_abbrev=False)
-    parser.add_argument("--data", metavar="SOURCE", help='text: a UTF-8 file, a folder of them, or "stdlib"')
+    parser.add_argument(
+        "--data", metavar="SOURCE", help='text: a UTF-8 file, a folder of them, "stdlib", or tokens: a file NAME.npy'
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the checkpoint, loss.csv and loss.png go")
     parser.add_argument("--resume", action="store_true", help="go on where the checkpoint in --out was written")
     parser.add_argument(
-        "--tokenizer", default=argparse.SUPPRESS, metavar="KIND", help="byte (default), character or bpe"
+        "--tokenizer",
+        default=argparse.SUPPRESS,
+        metavar="KIND",
+        help="byte (default), character, word, wordpiece, bpe or unigram; or the path of a trained one",
     )
-    parser.add_argument("--vocab-size", type=int, default=argparse.SUPPRESS, help="tokens of a bpe tokenizer, at most")
+    parser.add_argument(
+        "--vocab-size", type=int, default=argparse.SUPPRESS, help="tokens, at most (needed by wordpiece, bpe, unigram)"
+    )
+    parser.add_argument("--shard", action="store_true", help="under torchrun: each process holds a part of the model")
     add_threads(parser)
     shape = parser.add_argument_group("shape of the model")
     for name, (kind, default, text) in SHAPE.items():
@@ -66,7 +75,18 @@ def add_train(commands: Any) -> None:
     parser.set_defaults(run=train)
 
 
-def resumed(arguments: argparse.Namespace, changes: dict[str, Any]) -> Any:
+def kind_or_file(tokenizer: str, vocab_size: int | None) -> Any:
+    """--tokenizer as what Data.load takes: a kind, or the tokenizer at a path."""
+    from pykern.lm.tokenizer import KINDS, Tokenizer
+
+    if tokenizer in KINDS or not Path(tokenizer).exists():
+        return tokenizer
+    if vocab_size is not None:
+        raise ValueError(f"--vocab-size is fixed by the tokenizer in {tokenizer}")
+    return Tokenizer.load(tokenizer)
+
+
+def resumed(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) -> Any:
     from pykern.lm.checkpoint import load_checkpoint
     from pykern.lm.data import Data
     from pykern.lm.model import expected_tensors
@@ -80,10 +100,10 @@ def resumed(arguments: argparse.Namespace, changes: dict[str, Any]) -> Any:
     if loaded.tokenizer is None:
         raise ValueError(f"{arguments.out} has no tokenizer.json, so it cannot be resumed")
     data = Data.load(arguments.data or state.source, loaded.tokenizer)
-    return Trainer.resume(arguments.out, data, replace(state.options, **changes))
+    return Trainer.resume(arguments.out, data, replace(state.options, **changes), ranks=ranks)
 
 
-def started(arguments: argparse.Namespace, changes: dict[str, Any]) -> Any:
+def started(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) -> Any:
     from pykern.lm.config import Config
     from pykern.lm.data import Data
     from pykern.lm.options import TrainOptions
@@ -97,25 +117,42 @@ def started(arguments: argparse.Namespace, changes: dict[str, Any]) -> Any:
     shape = {name: default for name, (_, default, _) in SHAPE.items()} | given(arguments, list(SHAPE))
     shape |= {"tied_head": not hasattr(arguments, "untied_head"), "qk_norm": hasattr(arguments, "qk_norm")}
     Config(vocab_size=1, **shape)  # a bad shape is refused before any text is read
-    data = Data.load(arguments.data, getattr(arguments, "tokenizer", "byte"), getattr(arguments, "vocab_size", None))
+    vocab_size = getattr(arguments, "vocab_size", None)
+    data = Data.load(arguments.data, kind_or_file(getattr(arguments, "tokenizer", "byte"), vocab_size), vocab_size)
     config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
-    return Trainer(make_model(config, options), data, options, arguments.out)
+    return Trainer(make_model(config, options), data, options, arguments.out, ranks=ranks)
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from pykern.lm.progress import reporter
+    from pykern.lm.ranks import Ranks
 
     set_threads(arguments.threads)
+    ranks = Ranks.join(shard=arguments.shard)
+    try:
+        return run(arguments, ranks)
+    finally:
+        ranks.leave()
+
+
+def run(arguments: argparse.Namespace, ranks: Any) -> int:
+    from pykern.lm.progress import reporter
+
     changes = given(arguments, list(OPTIONS))
-    trainer = (resumed if arguments.resume else started)(arguments, changes)
-    trainer.report = reporter()
+    trainer = (resumed if arguments.resume else started)(arguments, changes, ranks)
+    if ranks.first:
+        trainer.report = reporter()
     try:
         result = trainer.run()
     finally:
         trainer.report.close()
     if result.interrupted:
-        print(f"interrupted after step {result.step}: checkpoint in {result.out}, go on with --resume", file=sys.stderr)
+        if ranks.first:
+            print(
+                f"interrupted after step {result.step}: checkpoint in {result.out}, go on with --resume",
+                file=sys.stderr,
+            )
         return 130
-    print(f"held-out loss {result.evaluation.loss:.4f}, {result.evaluation.bits_per_byte:.4f} bits per byte")
-    print(f"checkpoint: {result.out}    curves: {result.out / 'loss.png'}")
+    if ranks.first:
+        print(f"held-out loss {result.evaluation.loss:.4f}, {result.evaluation.bits_per_byte:.4f} bits per byte")
+        print(f"checkpoint: {result.out}    curves: {result.out / 'loss.png'}")
     return 0

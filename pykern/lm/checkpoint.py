@@ -227,7 +227,7 @@ def load_checkpoint(
 # ---- writing ----
 
 
-def _tensor_writer(tensors: "Mapping[str, torch.Tensor]", argument: str) -> Callable[[Path], None]:
+def tensor_writer(tensors: "Mapping[str, torch.Tensor]", argument: str) -> Callable[[Path], None]:
     import torch
 
     for name, tensor in tensors.items():
@@ -291,7 +291,7 @@ def save_checkpoint(
     config_data = json_bytes(config.to_dict())
     writers: dict[str, Callable[[Path], object]] = {
         CONFIG: lambda path: path.write_bytes(config_data),
-        MODEL: _tensor_writer(tensors, "tensors"),
+        MODEL: tensor_writer(tensors, "tensors"),
     }
     if tokenizer is not None:
         tokenizer_data = tokenizer.to_json().encode()
@@ -305,7 +305,7 @@ def save_checkpoint(
             raise ValueError(f"save_checkpoint: state is {len(state_data)} bytes of JSON, more than {MAX_STATE_BYTES}")
         writers[STATE] = lambda path: path.write_bytes(state_data)
     if state_tensors is not None:
-        writers[STATE_TENSORS] = _tensor_writer(state_tensors, "state_tensors")
+        writers[STATE_TENSORS] = tensor_writer(state_tensors, "state_tensors")
     manifest = json_bytes({"files": list(writers)})
     writers[MANIFEST] = lambda path: path.write_bytes(manifest)
 

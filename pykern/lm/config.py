@@ -10,7 +10,8 @@ from typing import Any
 
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "t5", "none")
 NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = ("gelu", "relu", "swiglu")
+ACTIVATIONS = ("gelu", "gelu_erf", "relu", "silu", "swiglu")
+ROPE_THETA = 10000.0
 T5_BUCKETS = 32  # relative distances of the T5 bias, shared by all layers
 T5_MAX_DISTANCE = 128  # and where the last of them begins
 
@@ -20,9 +21,11 @@ LIMITS = {
     "n_head": 1024,
     "n_kv_head": 1024,
     "n_embd": 1 << 17,
+    "n_hidden": 1 << 20,
     "block_size": 1 << 24,
     "vocab_size": 1 << 24,
 }
+OPTIONAL = ("n_kv_head", "n_hidden")  # None: what follows from the other fields
 
 
 def _check_integer(name: str, value: object) -> None:
@@ -37,6 +40,13 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"Config: {name} must be one of {', '.join(choices)}, got {_shown(value)}")
 
 
+def _check_number(name: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"Config: {name} must be a number, got {_shown(value)}")
+    if not least <= value <= most:
+        raise ValueError(f"Config: {name} must lie between {least:g} and {most:g}, got {_shown(value)}")
+
+
 def _shown(value: object) -> str:
     """repr for a message: short, and safe for an integer of a million digits."""
     if isinstance(value, int) and value.bit_length() > 64:
@@ -49,7 +59,8 @@ def _shown(value: object) -> str:
 class Config:
     """Shape of a Transformer LM. Every field is checked: ValueError names the one that is wrong.
 
-    n_kv_head=None means n_head. "gelu" is GPT-2's tanh form. "swiglu" has three matrices instead of two.
+    n_kv_head=None means n_head, n_hidden=None the hidden_size below, norm_eps=None the norm_epsilon below. "gelu" is
+    GPT-2's tanh form, "gelu_erf" x Phi(x). "swiglu" has three matrices instead of two. rope_theta is the base of RoPE.
     qk_norm brings every head's query and key to root mean square 1, without a weight, before it is rotated.
     """
 
@@ -57,10 +68,13 @@ class Config:
     n_head: int
     n_kv_head: int | None = None
     n_embd: int
+    n_hidden: int | None = None
     block_size: int
     vocab_size: int
     positions: str = "learned"
+    rope_theta: float = ROPE_THETA
     norm: str = "layernorm"
+    norm_eps: float | None = None
     activation: str = "gelu"
     tied_head: bool = True
     qk_norm: bool = False
@@ -68,7 +82,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in LIMITS:
-            if name != "n_kv_head" or self.n_kv_head is not None:
+            if name not in OPTIONAL or getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
         if self.n_embd % self.n_head:
             raise ValueError(f"Config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
@@ -81,6 +95,11 @@ class Config:
             raise ValueError(f"Config: positions 'rope' needs an even head size, n_embd / n_head is {self.head_size}")
         if self.positions == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"Config: positions 'sinusoidal' needs an even n_embd, got {self.n_embd}")
+        _check_number("rope_theta", self.rope_theta, 1.0, 1e12)
+        if self.positions != "rope" and self.rope_theta != ROPE_THETA:
+            raise ValueError(f"Config: rope_theta {self.rope_theta:g} needs positions 'rope', not {self.positions!r}")
+        if self.norm_eps is not None:
+            _check_number("norm_eps", self.norm_eps, 1e-12, 1.0)
         for name in ("tied_head", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"Config: {name} must be true or false, got {_shown(getattr(self, name))}")
@@ -100,10 +119,20 @@ class Config:
 
     @property
     def hidden_size(self) -> int:
-        """Width inside the MLP: 4 n_embd; with swiglu, which has one matrix more, 8/3 n_embd up to a multiple of 8."""
+        """Width inside the MLP: n_hidden, or 4 n_embd when that is None; with swiglu, which has one matrix more, 8/3
+        n_embd up to a multiple of 8."""
+        if self.n_hidden is not None:
+            return self.n_hidden
         if self.activation == "swiglu":
             return -(-8 * self.n_embd // 24) * 8
         return 4 * self.n_embd
+
+    @property
+    def norm_epsilon(self) -> float:
+        """What the norms add to the variance: norm_eps, or 1e-5 (layernorm) and 1e-6 (rmsnorm) when that is None."""
+        if self.norm_eps is not None:
+            return self.norm_eps
+        return 1e-5 if self.norm == "layernorm" else 1e-6
 
     @property
     def has_bias(self) -> bool:

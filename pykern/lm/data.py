@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from pykern.lm import corpus
+from pykern.lm import corpus, tokenfile
 from pykern.lm.tokenizer import Tokenizer
 
 
@@ -36,7 +37,17 @@ class Data:
     def load(
         cls, source: str | os.PathLike[str], tokenizer: Tokenizer | str = "byte", vocab_size: int | None = None
     ) -> "Data":
-        """The corpus of `source` ("stdlib", a file or a folder) under a tokenizer, or a kind of one trained here."""
+        """The corpus of `source` ("stdlib", a file or a folder) under a tokenizer, or a kind of one trained here.
+
+        A file NAME.npy holds tokens, which are mapped (pykern.lm.tokenfile): its tokenizer is given, or is "byte".
+        """
+        if Path(source).suffix == ".npy" and not Path(source).is_dir():
+            if isinstance(tokenizer, str):
+                if tokenizer != "byte":
+                    raise ValueError(f"{source} holds tokens: give the tokenizer that made them, not {tokenizer!r}")
+                tokenizer = Tokenizer.train("byte")
+            file = tokenfile.read(source, tokenizer)
+            return cls(file.train, file.val, tokenizer, os.fspath(source), file.sha256, file.description)
         text = corpus.load(source)
         if isinstance(tokenizer, str):
             tokenizer = Tokenizer.train(tokenizer, text.train_texts, vocab_size)

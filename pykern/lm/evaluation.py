@@ -3,13 +3,35 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from pykern.lm.batches import validation_batches
-from pykern.lm.model import Transformer
 from pykern.lm.tokenizer import Tokenizer
+
+
+class Sized(Protocol):
+    @property
+    def block_size(self) -> int: ...
+
+
+class LanguageModel(Protocol):
+    """What evaluate() asks of a model; Transformer and RNNLM give it."""
+
+    training: bool
+
+    @property
+    def config(self) -> Sized: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def __call__(self, ids: torch.Tensor, targets: torch.Tensor, *, reduction: str = "mean") -> torch.Tensor:
+        """The loss of targets [B, T] int64 (-100: none), reduced by "mean" or "sum"."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
+    model: LanguageModel,
     tokens: np.ndarray,
     tokenizer: Tokenizer,
     *,
@@ -46,7 +68,7 @@ def evaluate(
     nats, predicted, length = 0.0, 0, 0
     bytes_per_token = torch.from_numpy(tokenizer.bytes_per_token)
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         for x, y in validation_batches(tokens, model.config.block_size, batch_size):
             each_batch()

@@ -15,13 +15,14 @@ from pykern import nn, ops
 from pykern.lm import checkpoint, positions
 from pykern.lm.config import T5_BUCKETS, T5_MAX_DISTANCE, Config
 from pykern.lm.kvcache import KVCache
+from pykern.lm.layout import make_layout, real_tokens
 from pykern.lm.options import RESIDUAL_INITS
 from pykern.lm.session import Session
 from pykern.nn.positions import alibi_slopes
 from pykern.nn.transformer import make_norm
 
 # Config's names to those of pykern.nn
-ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu", "swiglu": "swiglu"}
+ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_erf": "gelu", "relu": "relu", "silu": "silu", "swiglu": "swiglu"}
 
 
 class Body(torch.nn.Module):
@@ -43,6 +44,7 @@ class Body(torch.nn.Module):
                 config.kv_heads,
                 hidden=config.hidden_size,
                 norm=config.norm,
+                norm_eps=config.norm_epsilon,
                 activation=ACTIVATIONS[config.activation],
                 bias=config.has_bias,
                 qk_norm=config.qk_norm,
@@ -51,7 +53,7 @@ class Body(torch.nn.Module):
             )
             for _ in range(config.n_layer)
         )
-        self.ln_f = make_norm(config.norm, config.n_embd, bias=True, **place)
+        self.ln_f = make_norm(config.norm, config.n_embd, bias=True, **place, eps=config.norm_epsilon)
 
 
 class Transformer(torch.nn.Module):
@@ -108,30 +110,50 @@ class Transformer(torch.nn.Module):
     def dtype(self) -> torch.dtype:
         return self.transformer.wte.weight.dtype
 
-    def embed(self, ids: Tensor, start: int) -> Tensor:
-        """[B, T, n_embd] for ids [B, T] at positions start, start + 1, …"""
+    def embed(self, ids: Tensor, start: int, places: Tensor | None = None) -> Tensor:
+        """[B, T, n_embd] for ids [B, T] at positions start, start + 1, …, or at those of places [B, T] int64."""
         x = self.transformer.wte(ids)
         T = ids.shape[1]
         if self.config.positions == "learned":
-            return x + self.transformer.wpe(torch.arange(start, start + T, device=ids.device))
+            where = torch.arange(start, start + T, device=ids.device) if places is None else places
+            return x + self.transformer.wpe(where)
         if self.config.positions == "sinusoidal":  # sines have size 1: the embedding is brought to their size
-            return x * self.config.n_embd**0.5 + positions.sinusoids(start, T, self.config.n_embd, x)
+            table = positions.sinusoids(start, T, self.config.n_embd, x)
+            return x * self.config.n_embd**0.5 + (table if places is None else table[places])
         return x
 
-    def position_arguments(self, start: int, length: int, like: Tensor) -> dict[str, Any]:
-        """What the attention of every block is told about positions: rotary tables, slopes or a bias on the scores."""
+    def position_arguments(self, start: int, length: int, like: Tensor, places: Tensor | None = None) -> dict[str, Any]:
+        """What the attention of every block is told about positions: rotary tables, slopes or a bias on the scores.
+
+        places, int64 [T] or [B, T], are the rows of the tables; the others depend on distances alone.
+        """
         if self.config.positions == "rope":
-            return {"rotary": positions.rotary(start, length, self.config.head_size, like)}
+            tables = positions.rotary(start, length, self.config.head_size, like, self.config.rope_theta)
+            return {"rotary": tables, "positions": places}
         if self.config.positions == "alibi":
             return {"alibi_slopes": alibi_slopes(self.config.n_head).to(like.device, torch.float32)}
         if self.config.positions == "t5":
             return {"bias": self.transformer.relative_bias(length, start + length)}
         return {}
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The states [B, T, n_embd] that the head reads. With a cache, ids follow the tokens in it and join them."""
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        *,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
+        """The states [B, T, n_embd] that the head reads. With a cache, ids follow the tokens in it and join them.
+
+        lengths, documents: those of forward. ValueError beside a cache.
+        """
         if ids.dim() != 2:
             raise ValueError(f"Transformer: ids have shape {tuple(ids.shape)} but must be [B, T]")
+        if lengths is not None or documents is not None:
+            if cache is not None:
+                raise ValueError("Transformer: lengths and documents cannot be combined with a cache")
+            return self._laid_out(ids, lengths, documents)
         start, T = (0 if cache is None else cache.length), ids.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(
@@ -152,6 +174,27 @@ class Transformer(torch.nn.Module):
             cache.advance(T)
         return x
 
+    def _laid_out(self, ids: Tensor, lengths: Tensor | None, documents: Tensor | None) -> Tensor:
+        """hidden for rows that are padded or hold several texts."""
+        T, shape = ids.shape[1], ids.shape
+        layout = make_layout(ids, lengths, documents, offsets=self.config.positions != "t5")
+        real, places = layout.real, layout.positions
+        longest = T if places is None else int(places.max()) + 1
+        if longest > self.config.block_size:
+            texts = "" if documents is None else " of one text"
+            raise ValueError(f"Transformer: {longest} tokens{texts} exceed block_size {self.config.block_size}")
+        if layout.cu_seqlens is not None and places is not None:  # all rows end to end
+            ids, places = ids.reshape(1, -1), places.reshape(1, -1)
+            real = None if real is None else real.reshape(1, -1)
+        x = self.embed(ids, 0, places)
+        if real is not None:  # from here on padding is finite, so a gradient of 0 stays 0
+            x = torch.where(real[..., None], x, 0.0)
+        length = T if self.config.positions == "t5" else longest
+        place = self.position_arguments(0, length, x, places)
+        for block in self.transformer.h:
+            x = block(x, **place, mask=layout.mask, cu_seqlens=layout.cu_seqlens)
+        return self.transformer.ln_f(x).view(*shape, self.config.n_embd)
+
     @property
     def head_weight(self) -> Tensor:
         return self.transformer.wte.weight if self.lm_head is None else self.lm_head.weight
@@ -160,13 +203,28 @@ class Transformer(torch.nn.Module):
         """[..., V] for states [..., n_embd]."""
         return ops.linear(hidden, self.head_weight)
 
-    def forward(self, ids: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-        """Logits [B, T, V], or the loss of targets [B, T] int64 (-100: none), reduced by "mean", "sum" or "none"."""
-        x = self.hidden(ids)
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        documents: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits [B, T, V], or the loss of targets [B, T] int64 (-100: none), reduced by "mean", "sum" or "none".
+
+        lengths, int64 [B]: row b has that many tokens and then padding, which no token sees and no loss counts; its
+        logits mean nothing. documents, int64 [B, T], never decreasing along a row: tokens with equal numbers are one
+        text, which sees itself alone and whose positions count from 0; each, not the row, is at most block_size long.
+        """
+        if targets is not None and targets.shape != ids.shape:
+            raise ValueError(f"Transformer: targets have shape {tuple(targets.shape)} but ids {tuple(ids.shape)}")
+        x = self.hidden(ids, lengths=lengths, documents=documents)
         if targets is None:
             return self.logits(x)
-        if targets.shape != ids.shape:
-            raise ValueError(f"Transformer: targets have shape {tuple(targets.shape)} but ids {tuple(ids.shape)}")
+        if lengths is not None:
+            targets = targets.masked_fill(~real_tokens(lengths, ids.shape[1]), -100)
         loss = ops.linear_cross_entropy(x.flatten(0, 1), self.head_weight, targets.flatten(), reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
 

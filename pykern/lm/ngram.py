@@ -81,6 +81,11 @@ class NGram:
             result = self._refine(result, np.uint64(prefix) | np.arange(256, dtype=np.uint64), n)
         return result
 
+    @property
+    def parameter_count(self) -> int:
+        """Different n-grams counted, those of all orders together. c(h) and t(h) follow from their counts."""
+        return sum(len(counts.ngrams) for counts in self._counts)
+
     def bits_per_byte(self, texts: bytes | Iterable[str]) -> np.ndarray:
         """-log2 P averaged over the bytes of texts, float64 [order]: entry n - 1 belongs to order n."""
         data = _bytes(texts)

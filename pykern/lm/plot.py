@@ -49,6 +49,19 @@ class LossLog:
         self._file.close()
 
 
+class NoLog:
+    """The log of a rank that writes none."""
+
+    def add(self, row: Mapping[str, int | float]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
     """The steps and the values of the rows that have one."""
     pairs = [(int(row["step"]), float(row[name])) for row in rows if row[name]]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-ROTARY_BASE = 10000.0
+from pykern.lm.config import ROPE_THETA
+
 SINUSOID_BASE = 10000.0
 
 
@@ -14,9 +15,12 @@ def angles(start: int, length: int, pairs: int, base: float, device: torch.devic
     return position[:, None] * frequency
 
 
-def rotary(start: int, length: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The (cos, sin) of pykern.rope, each [length, head_size / 2] float32 (float64 when like is)."""
-    angle = angles(start, length, head_size // 2, ROTARY_BASE, like.device)
+def rotary(start: int, length: int, head_size: int, like: Tensor, base: float = ROPE_THETA) -> tuple[Tensor, Tensor]:
+    """The (cos, sin) of pykern.rope, each [length, head_size / 2] float32 (float64 when like is).
+
+    Pair i turns by position * base^(-2i / head_size).
+    """
+    angle = angles(start, length, head_size // 2, base, like.device)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

@@ -2,47 +2,47 @@
 
 kind          tokens                                    round trip
 "byte"        the 256 bytes of UTF-8, id = byte value   exact
-"bpe"         byte pairs merged by frequency (GPT-2)    exact
 "character"   the characters of the training text       exact for those; others become UNKNOWN
+"word"        the words of the training text            exact for those; others become UNKNOWN_WORD
+"wordpiece"   starts of words and "##" pieces (BERT)    exact for words of known characters
+"bpe"         byte pairs merged by frequency (GPT-2)    exact
+"unigram"     most probable pieces (SentencePiece)      exact
 
-Byte and character ids are table look-ups, done here with numpy; merging is done by the `tokenizers` library, which also
-reads the file, after everything in it that we do not write ourselves has been refused.
+Byte and character ids are table look-ups, done here with numpy; the rest is done by the `tokenizers` library. What each
+kind is made of is in tokenizer_kinds, what is read from a file in tokenizer_files.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pykern.lm.files import parse_json, read_json, replace_file
+from pykern.lm.tokenizer_files import read_document
+from pykern.lm.tokenizer_kinds import (
+    CONTINUES,
+    KINDS,
+    MAX_CHARACTERS,
+    SMALLEST,
+    UNKNOWN,
+    UNKNOWN_WORD,
+    Parts,
+    byte_alphabet,
+    chunks,
+    train,
+)
 
-if TYPE_CHECKING:
-    import tokenizers
+__all__ = ["KINDS", "MAX_FILE_BYTES", "UNKNOWN", "UNKNOWN_WORD", "Piece", "Tokenizer", "byte_alphabet"]
 
-UNKNOWN = "\ufffd"  # REPLACEMENT CHARACTER: decodes to itself and keeps the length of the text
 MAX_FILE_BYTES = 8 << 20  # parsing costs up to 30 bytes of memory per byte of JSON
-MAX_CHARACTERS = 0x110000
-ENCODE_CHUNK = 64  # texts per call: an encoding holds some 100 bytes per token until its ids are copied
-
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-# What a tokenizer.json may contain beside its model, by kind. A pattern of a stranger could run for ever.
-_PIPELINES: dict[str, dict[str, Any]] = {
-    "byte": {"pre_tokenizer": {**_BYTE_LEVEL, "use_regex": False}, "decoder": "ByteLevel"},
-    "bpe": {"pre_tokenizer": {**_BYTE_LEVEL, "use_regex": True}, "decoder": "ByteLevel"},
-    "character": {"pre_tokenizer": None, "decoder": "Fuse"},
-}
-KINDS = tuple(_PIPELINES)
-
-
-def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself when printable, else 256, 257, ..."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    stand_ins = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+ENCODE_CHUNKS = 16  # per call: an encoding holds some 100 bytes per token until its ids are copied
+MAX_KNOWN = 1 << 18  # words whose ids are kept while a text is encoded
 
 
 def _utf8(text: str) -> bytes:
@@ -57,138 +57,36 @@ def _check_text(text: object) -> None:
         raise TypeError(f"Tokenizer: text must be str, got {type(text).__name__}")
 
 
-def _pipeline(model: Any, kind: str) -> "tokenizers.Tokenizer":
-    from tokenizers import Tokenizer as HuggingFace
-    from tokenizers import decoders, pre_tokenizers
+@dataclass(frozen=True)
+class Piece:
+    """One token of a text: its id, the bytes of the text that it covers, whether the id says which bytes those are, and
+    "##" where a wordpiece goes on with a word."""
 
-    inner = HuggingFace(model)
-    if kind == "character":
-        inner.decoder = decoders.Fuse()
-    else:
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "bpe")
-        inner.decoder = decoders.ByteLevel()
-    return inner
+    id: int
+    data: bytes
+    known: bool
+    mark: str = ""
 
-
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
-    from tokenizers import models, pre_tokenizers, trainers
-
-    inner = _pipeline(models.BPE(), "bpe")
-    inner.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[],
-            show_progress=False,
-        ),
-    )
-    return inner
-
-
-def _train_characters(texts: Iterable[str], vocab_size: int | None) -> "tokenizers.Tokenizer":
-    """The most frequent characters (all when vocab_size is None), in code point order, after UNKNOWN."""
-    from tokenizers import models
-
-    counts = np.zeros(MAX_CHARACTERS, np.int64)
-    for text in texts:
-        values, found = np.unique(_code_points(text), return_counts=True)
-        counts[values] += found
-    counts[ord(UNKNOWN)] = 0
-    seen = np.flatnonzero(counts)
-    if vocab_size is not None:
-        seen = np.sort(seen[np.argsort(-counts[seen], kind="stable")[: vocab_size - 1]])
-    vocabulary = {UNKNOWN: 0, **{chr(point): i for i, point in enumerate(seen.tolist(), start=1)}}
-    return _pipeline(models.BPE(vocab=vocabulary, merges=[], unk_token=UNKNOWN, fuse_unk=False), "character")
-
-
-def _code_points(text: str) -> np.ndarray:
-    _check_text(text)
-    _utf8(text)
-    return np.frombuffer(text.encode("utf-32-le"), np.uint32)
-
-
-def _kind_of(document: dict[str, Any], name: str) -> str:
-    """Which kind a parsed tokenizer.json is; ValueError for anything that KINDS does not cover."""
-    model = document.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise ValueError(f"{name}: only models of type BPE are supported")
-    for part in ("normalizer", "truncation", "padding"):
-        if document.get(part) is not None:
-            raise ValueError(f"{name}: {part} is not supported")
-    post = document.get("post_processor")
-    if post is not None and (not isinstance(post, dict) or post.get("type") != "ByteLevel"):
-        raise ValueError(f"{name}: post_processor is not supported, except ByteLevel")
-    if document.get("added_tokens"):
-        raise ValueError(f"{name}: added_tokens are not supported")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise ValueError(f"{name}: model.{option} is not supported")
-    pre, decoder = document.get("pre_tokenizer"), document.get("decoder")
-    decoder = decoder.get("type") if isinstance(decoder, dict) else decoder
-    for kind, parts in _PIPELINES.items():
-        if pre == parts["pre_tokenizer"] and decoder == parts["decoder"]:
-            return kind
-    raise ValueError(f"{name}: this combination of pre_tokenizer and decoder is not supported")
-
-
-def _halves(merge: Any) -> Any:
-    """The two tokens of a merge, which a file writes as a list or, formerly, with a space between them."""
-    return merge.split(" ") if isinstance(merge, str) else merge
-
-
-def _check_vocabulary(model: dict[str, Any], kind: str, name: str) -> None:
-    """Ids are exactly 0..n-1, each merge joins two tokens into a third, and the kind's own alphabet is there."""
-    vocabulary, merges = model.get("vocab"), model.get("merges", [])
-    if not isinstance(vocabulary, dict) or not vocabulary:
-        raise ValueError(f"{name}: model.vocab must be an object with at least one token")
-    seen = bytearray(len(vocabulary))
-    for token, index in vocabulary.items():
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(seen) or seen[index]:
-            raise ValueError(f"{name}: model.vocab must number its {len(seen)} tokens from 0, not {token[:20]!r} so")
-        seen[index] = 1
-    if not isinstance(merges, list):
-        raise ValueError(f"{name}: model.merges must be a list")
-    for rank, merge in enumerate(merges):
-        pair = _halves(merge)
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(half, str) for half in pair)):
-            raise ValueError(f"{name}: model.merges[{rank}] is not a pair of tokens")
-        if any(token not in vocabulary for token in (pair[0], pair[1], pair[0] + pair[1])):
-            raise ValueError(f"{name}: model.merges[{rank}] uses a token that is not in model.vocab")
-    if kind == "character":
-        if merges or any(len(token) != 1 or "\ud800" <= token <= "\udfff" for token in vocabulary):
-            raise ValueError(f"{name}: a character vocabulary holds single characters")
-        if model.get("unk_token") != UNKNOWN or vocabulary.get(UNKNOWN) != 0 or model.get("fuse_unk"):
-            raise ValueError(f"{name}: the unknown token of a character vocabulary is U+FFFD, with id 0")
-        return
-    alphabet = byte_alphabet()
-    if kind == "byte" and (merges or len(vocabulary) != 256):
-        raise ValueError(f"{name}: a byte vocabulary has 256 tokens and no merges")
-    if kind == "byte" and [vocabulary.get(stand_in) for stand_in in alphabet] != list(range(256)):
-        raise ValueError(f"{name}: a byte vocabulary numbers each byte by its value")
-    missing = [byte for byte, stand_in in enumerate(alphabet) if stand_in not in vocabulary]
-    if missing:
-        raise ValueError(f"{name}: model.vocab lacks byte {missing[0]}, so some text could not be encoded")
-    allowed = set(alphabet)
-    if any(not token or not allowed.issuperset(token) for token in vocabulary):
-        raise ValueError(f"{name}: model.vocab holds a token that is not made of bytes")
-    if model.get("unk_token") is not None or model.get("byte_fallback") or model.get("ignore_merges"):
-        raise ValueError(f"{name}: unk_token, byte_fallback and ignore_merges are not supported in a byte-level model")
+    @property
+    def text(self) -> str:
+        return self.data.decode("utf-8", "replace")
 
 
 class Tokenizer:
     """A trained tokenizer of one of KINDS; made by train or load."""
 
-    def __init__(self, kind: str, inner: "tokenizers.Tokenizer") -> None:
-        self.kind = kind
-        self._inner = inner
+    def __init__(self, parts: Parts) -> None:
+        self.kind = parts.kind
+        self._parts = parts
+        self._inner = parts.inner
 
     @classmethod
     def train(cls, kind: str, texts: Iterable[str] = (), vocab_size: int | None = None) -> "Tokenizer":
         """Tokenizer of the given kind for texts (one text or many), with at most vocab_size tokens.
 
-        "byte" needs no texts and has 256 tokens; "bpe" needs vocab_size >= 256; "character" keeps the most frequent
-        characters, all when vocab_size is None. ValueError for an unknown kind, no text, or an impossible size.
+        "byte" needs no texts and has 256 tokens; "bpe" needs vocab_size >= 256, "unigram" >= 260, "wordpiece" >= 8;
+        "character" and "word" keep the most frequent, all when vocab_size is None. ValueError for an unknown kind, no
+        text, or an impossible size.
         """
         if kind not in KINDS:
             raise ValueError(f"Tokenizer: kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -196,50 +94,39 @@ class Tokenizer:
         for text in texts:
             _check_text(text)
             _utf8(text)
-        smallest = 2 if kind == "character" else 256
-        if vocab_size is not None and (type(vocab_size) is not int or vocab_size < smallest):
-            raise ValueError(f"Tokenizer: {kind} needs a vocab_size of at least {smallest}, got {vocab_size}")
-        if kind == "byte":
-            from tokenizers import models
-
-            alphabet = {stand_in: byte for byte, stand_in in enumerate(byte_alphabet())}
-            return cls(kind, _pipeline(models.BPE(vocab=alphabet, merges=[]), kind))
-        if not any(texts):
-            raise ValueError(f"Tokenizer: {kind} needs text to train on")
-        if kind == "character":
-            return cls(kind, _train_characters(texts, vocab_size))
-        if vocab_size is None:
-            raise ValueError("Tokenizer: bpe needs a vocab_size")
-        return cls(kind, _train_bpe(texts, vocab_size))
+        if vocab_size is not None and (type(vocab_size) is not int or vocab_size < SMALLEST[kind]):
+            raise ValueError(f"Tokenizer: {kind} needs a vocab_size of at least {SMALLEST[kind]}, got {vocab_size}")
+        made = cls(train(kind, texts, vocab_size))
+        size = len(made.to_json().encode())
+        if size > MAX_FILE_BYTES:
+            raise ValueError(
+                f"Tokenizer: {made.vocab_size} tokens take a file of {size} bytes, but at most {MAX_FILE_BYTES} "
+                "are read; give a smaller vocab_size"
+            )
+        return made
 
     @classmethod
-    def from_json(cls, text: str, name: str = "tokenizer.json") -> "Tokenizer":
+    def from_json(cls, text: str, name: str = "tokenizer.json", *, max_bytes: int = MAX_FILE_BYTES) -> "Tokenizer":
         """Tokenizer from the content of a tokenizer.json; ValueError, starting with name, for what is not supported."""
         data = text.encode("utf-8", "surrogatepass")
-        if len(data) > MAX_FILE_BYTES:
-            raise ValueError(f"{name}: {len(data)} bytes, but at most {MAX_FILE_BYTES} are accepted")
-        return cls._from_document(parse_json(data, name), name)
+        if len(data) > max_bytes:
+            raise ValueError(f"{name}: {len(data)} bytes, but at most {max_bytes} are accepted")
+        return cls(read_document(parse_json(data, name), name))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Tokenizer from a tokenizer.json, or from the folder that holds one. FileNotFoundError or ValueError."""
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = MAX_FILE_BYTES) -> "Tokenizer":
+        """Tokenizer from a tokenizer.json, or from the folder that holds one. FileNotFoundError or ValueError.
+
+        Beside its own files it reads byte-level and byte-fallback BPE of other projects; see docs/tokenizers.md.
+        """
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        return cls._from_document(read_json(path, MAX_FILE_BYTES), str(path))
-
-    @classmethod
-    def _from_document(cls, document: dict[str, Any], name: str) -> "Tokenizer":
-        from tokenizers import models
-
-        kind = _kind_of(document, name)
-        model = document["model"]
-        _check_vocabulary(model, kind, name)
-        merges = [(first, second) for first, second in map(_halves, model.get("merges", []))]
-        unknown = UNKNOWN if kind == "character" else None
-        return cls(kind, _pipeline(models.BPE(vocab=model["vocab"], merges=merges, unk_token=unknown), kind))
+        return cls(read_document(read_json(path, max_bytes), str(path)))
 
     def to_json(self) -> str:
         """The content of tokenizer.json; the same tokenizer always gives the same text."""
+        if self._parts.document is not None:
+            return self._parts.document
         return json.dumps(json.loads(self._inner.to_str()), ensure_ascii=False, indent=1) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -249,23 +136,27 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._inner.get_vocab_size()
+        return len(self._parts.tokens)
 
-    @cached_property
-    def _token_bytes(self) -> list[bytes]:
-        tokens = [token for token, _ in sorted(self._inner.get_vocab().items(), key=lambda item: item[1])]
-        if self.kind == "character":
-            return [token.encode() for token in tokens]
-        byte_of = {stand_in: byte for byte, stand_in in enumerate(byte_alphabet())}
-        return [bytes(byte_of[character] for character in token) for token in tokens]
+    @property
+    def unknown_id(self) -> int | None:
+        """The id that stands for what has no token, None when every text has tokens."""
+        return self._parts.unknown
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids of the added tokens of another project's file, by name. No text is read as one of them."""
+        return dict(self._parts.special)
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
-        """UTF-8 bytes that each token stands for, int64 [vocab_size]. Summed over the targets of an evaluation it turns
-        nats into bits per byte. UNKNOWN counts 1, the fewest that it can stand for, so the figure never flatters."""
-        lengths = np.array([len(token) for token in self._token_bytes], np.int64)
-        if self.kind == "character":
-            lengths[0] = 1
+        """UTF-8 bytes of text that each id stands for, int64 [vocab_size]; 0 for the unknown and special tokens.
+
+        Summed over the targets of an evaluation it turns nats into bits per byte. Bytes that no id determines are not
+        divided by: what a model did not predict is not to its credit.
+        """
+        lengths = np.array([len(token) for token in self._parts.tokens], np.int64)
+        lengths[self._parts.textless] = 0
         return lengths
 
     @cached_property
@@ -285,27 +176,62 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
             _check_text(text)
+        data = [_utf8(text) for text in texts]
         if self.kind == "byte":
-            return np.frombuffer(b"".join(map(_utf8, texts)), np.uint8).astype(self.dtype)
+            return np.frombuffer(b"".join(data), np.uint8).astype(self.dtype)
+        del data
+        found = [np.zeros(0, self.dtype)]
         if self.kind == "character":
-            parts = [self._character_ids[_code_points(text)].astype(self.dtype) for text in texts]
-        else:
             for text in texts:
-                _utf8(text)
-            parts = []
-            for start in range(0, len(texts), ENCODE_CHUNK):
-                encodings = self._inner.encode_batch_fast(texts[start : start + ENCODE_CHUNK], add_special_tokens=False)
-                parts += [np.array(encoding.ids, self.dtype) for encoding in encodings]
-        return np.concatenate(parts) if parts else np.zeros(0, self.dtype)
+                points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+                found.append(self._character_ids[points].astype(self.dtype))
+            return np.concatenate(found)
+        parts = [part for text in texts for part in chunks(text, self._parts.boundary)]
+        known: dict[str, tuple[int, ...]] = {}
+        for start in range(0, len(parts), ENCODE_CHUNKS):
+            batch = parts[start : start + ENCODE_CHUNKS]
+            pattern = self._parts.words
+            others = [part for part in batch if pattern is None or not part.isascii()]
+            encodings = iter(self._inner.encode_batch_fast(others, add_special_tokens=False))
+            for part in batch:
+                if pattern is not None and part.isascii():
+                    found.append(self._encode_words(part, pattern, known))
+                else:
+                    found.append(np.array(next(encodings).ids, self.dtype))
+        return np.concatenate(found)
+
+    def _encode_words(self, part: str, pattern: re.Pattern[str], known: dict[str, tuple[int, ...]]) -> np.ndarray:
+        """Ids of an ASCII text: each distinct word goes to the library once, and known keeps what came back."""
+        words = pattern.findall(part)
+        if len(known) > MAX_KNOWN:
+            known.clear()
+        new = list(set(words) - known.keys())
+        encodings = self._inner.encode_batch_fast(new, add_special_tokens=False)
+        known.update((word, tuple(encoding.ids)) for word, encoding in zip(new, encodings, strict=True))
+        return np.fromiter(chain.from_iterable(map(known.__getitem__, words)), self.dtype)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text. TypeError unless str, ValueError for a lone surrogate."""
         _check_text(text)
         return self.encode_texts([text]).tolist()
 
+    def pieces(self, text: str) -> list[Piece]:
+        """The tokens of text with the bytes that each covers; for every kind that train makes, joined they are text."""
+        ids, tokens, unknown = self.encode(text), self._parts.tokens, self._parts.unknown
+        data = [tokens[index] for index in ids]
+        if unknown is not None and unknown in ids:
+            spans = self._inner.encode(text, add_special_tokens=False).offsets
+            data = [text[start:stop].encode() for start, stop in spans]
+        marks = ["" for _ in ids]
+        if self.kind == "wordpiece":
+            names = (self._inner.id_to_token(index) or "" for index in ids)
+            marks = [CONTINUES if name.startswith(CONTINUES) else "" for name in names]
+        found = zip(ids, data, marks, strict=True)
+        return [Piece(index, part, index != unknown, mark) for index, part, mark in found]
+
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """The bytes that ids stand for; they may end inside a character. IndexError names an id out of range."""
-        tokens, result = self._token_bytes, []
+        tokens, result = self._parts.tokens, []
         for position, index in enumerate(ids):
             index = int(index)
             if not 0 <= index < len(tokens):
@@ -315,4 +241,5 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text that ids stand for; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        text = self.decode_bytes(ids).decode("utf-8", "replace")
+        return text[1:] if self._parts.drops_space and text.startswith(" ") else text

@@ -21,8 +21,9 @@ from pykern.lm.data import Data
 from pykern.lm.evaluation import Evaluation, evaluate
 from pykern.lm.model import Transformer, expected_tensors
 from pykern.lm.options import TrainOptions
-from pykern.lm.plot import LossLog, plot
+from pykern.lm.plot import LossLog, NoLog, plot
 from pykern.lm.progress import Reporter, Silent, Status, peak_gflops
+from pykern.lm.ranks import Ranks
 from pykern.optim import AdamW
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -74,7 +75,7 @@ def make_model(config: Config, options: TrainOptions) -> Transformer:
     return model
 
 
-def make_optimizer(model: Transformer, options: TrainOptions) -> AdamW:
+def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> AdamW:
     """AdamW that decays matrices and leaves norms and biases alone."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -91,6 +92,7 @@ def make_optimizer(model: Transformer, options: TrainOptions) -> AdamW:
 class Trainer:
     """Trains `model` on `data`; `out` becomes its checkpoint folder, with loss.csv and loss.png beside.
 
+    ranks: the processes that share the work, batch_size texts each; the first of them writes `out`.
     ValueError when out already holds a checkpoint, or the data are too short for the block size: before anything is
     written.
     """
@@ -103,31 +105,35 @@ class Trainer:
         out: str | os.PathLike[str],
         *,
         report: Reporter | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self._set_up(model, data, options, out, report)
+        self._set_up(model, data, options, out, report, ranks)
         if not self.out.is_dir() and (self.out.exists() or self.out.is_symlink()):
             raise ValueError(f"train: {self.out} is not a folder")
         if self._has_checkpoint():
             raise ValueError(f"train: {self.out} already holds a checkpoint: resume it, or choose another folder")
+        self.ranks.wait()
 
-    def _set_up(self, model, data, options, out, report) -> None:
+    def _set_up(self, model, data, options, out, report, ranks) -> None:
         config = model.config
+        self.ranks = Ranks() if ranks is None else ranks
         if data.tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"train: {data.tokenizer.vocab_size} tokens but the model has vocab_size {config.vocab_size}"
             )
         if len(data.val) < 2:
             raise ValueError(f"train: the held-out text has {len(data.val)} tokens but evaluation needs at least 2")
-        self.batches = Batches(data.train, config.block_size, options.batch_size, options.seed)
+        self.batches = Batches(data.train, config.block_size, options.batch_size * self.ranks.size, options.seed)
         given = {name: p.detach() for name, p in model.named_parameters()}
         self.model = model.to(torch.float32 if options.autocast else DTYPES[options.dtype]).train()
+        self.network = self.ranks.wrap(self.model)
         self.data, self.options, self.out = data, options, Path(out)
-        self.report = Silent() if report is None else report
+        self.report = report if report is not None and self.ranks.first else Silent()
         self.optimizer = make_optimizer(self.model, options)
         for name, p in self.model.named_parameters():
             state = self.optimizer.prepare(p)
             if "master" in state:  # starts as the weight that was given, not as its bfloat16 copy
-                state["master"].copy_(given[name])
+                self.ranks.fill(state["master"], given[name])
         self.step, self.seconds = 0, 0.0
         self._seconds_per_step = math.nan
         if options.recompute:
@@ -148,6 +154,7 @@ class Trainer:
         options: TrainOptions | None = None,
         *,
         report: Reporter | None = None,
+        ranks: Ranks | None = None,
     ) -> "Trainer":
         """The run in folder `out`, ready to go on from its checkpoint; options None: those it was started with.
 
@@ -159,11 +166,11 @@ class Trainer:
         if state.sha256 != data.sha256:
             raise ValueError(f"train: {out} was trained on another text: {state.description}, not {data.description}")
         trainer = cls.__new__(cls)
-        trainer._set_up(
-            Transformer.from_checkpoint(loaded), data, state.options if options is None else options, out, report
-        )
+        options = state.options if options is None else options
+        trainer._set_up(Transformer.from_checkpoint(loaded), data, options, out, report, ranks)
         trainer.step, trainer.seconds = state.step, state.seconds
         trainer._restore_moments(loaded.state_tensors or {})
+        trainer.ranks.wait()
         return trainer
 
     def _restore_moments(self, moments: dict[str, Tensor]) -> None:
@@ -174,7 +181,7 @@ class Trainer:
                 saved = moments.get(f"{key}.{name}")
                 if saved is None or saved.shape != p.shape or saved.dtype != state[key].dtype:
                     raise ValueError(f"{self.out}: the training state has no usable {key} of {name}")
-                state[key].copy_(saved)
+                self.ranks.fill(state[key], saved)
 
     @property
     def fraction(self) -> float:
@@ -184,17 +191,18 @@ class Trainer:
     def train_step(self) -> dict[str, int | float]:
         """One batch, one update; its row of loss.csv. FloatingPointError, before any weight changes, for a NaN loss."""
         start = time.perf_counter()
-        x, y = self.batches.at(self.step)
+        x, y = map(self.ranks.rows, self.batches.at(self.step))
         lr = self.options.learning_rate(self.step, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(x, y)
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"train: the loss is {loss.item()} at step {self.step + 1}: try a lower lr")
+        value = self.ranks.mean(loss.item())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"train: the loss is {value} at step {self.step + 1}: try a lower lr")
         loss.backward()
         self.optimizer.step()
-        seconds = time.perf_counter() - start
+        seconds = self.ranks.mean(time.perf_counter() - start)
         self.step += 1
         self.seconds += seconds
         known = not math.isnan(self._seconds_per_step)
@@ -202,9 +210,9 @@ class Trainer:
         norm = self.optimizer.grad_norm
         return {
             "step": self.step,
-            "tokens": self.step * y.numel(),
+            "tokens": self.step * y.numel() * self.ranks.size,
             "seconds": self.seconds,
-            "loss": loss.item(),
+            "loss": value,
             "lr": lr,
             "grad_norm": math.nan if norm is None else float(norm),
         }
@@ -217,8 +225,9 @@ class Trainer:
         dropout = bool(self.model.config.dropout)
         with self._autocast(), torch.random.fork_rng(devices=[], enabled=dropout):
             if dropout:  # what is dropped follows from seed and step, so that resuming is exact
-                torch.manual_seed((self.options.seed * 1_000_003 + self.step) % 2**63)
-            return self.model(x, y)
+                rank = self.ranks.rank * 10_000_019
+                torch.manual_seed((self.options.seed * 1_000_003 + self.step + rank) % 2**63)
+            return self.network(x, y)
 
     def evaluate(self, tokens: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Of the first `tokens` held-out tokens, or of all; None when interrupted() cut it short."""
@@ -238,19 +247,26 @@ class Trainer:
     def weights(self) -> dict[str, Tensor]:
         """The parameters in float32: the optimizer's master weights where there are some, as in pure bfloat16."""
         state = self.optimizer.state
-        return {name: state.get(p, {}).get("master", p).detach() for name, p in self.model.named_parameters()}
+        masters = {name: state.get(p, {}).get("master", p).detach() for name, p in self.ranks.parameters(self.model)}
+        return {name: self.ranks.whole(master) for name, master in masters.items()}
 
     def save(self) -> None:
         """Writes the checkpoint, atomically, with all that resume() needs."""
         moments = {
-            f"{key}.{name}": self.optimizer.prepare(p)[key]
-            for name, p in self.model.named_parameters()
+            f"{key}.{name}": self.ranks.whole(self.optimizer.prepare(p)[key])
+            for name, p in self.ranks.parameters(self.model)
             for key in MOMENTS
         }
+        weights = self.weights()
+        if self.ranks.first:
+            self._write(weights, moments)
+        self.ranks.wait()
+
+    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         checkpoint.save_checkpoint(
             self.out,
             config=self.model.config,
-            tensors=self.weights(),
+            tensors=weights,
             tokenizer=self.data.tokenizer,
             state={
                 "step": self.step,
@@ -262,7 +278,8 @@ class Trainer:
         )
 
     def _status(self, row: dict[str, int | float], peak: float) -> Status:
-        tokens_per_second = self.options.batch_size * self.model.config.block_size / self._seconds_per_step
+        tokens_per_step = self.batches.batch_size * self.model.config.block_size
+        tokens_per_second = tokens_per_step / self._seconds_per_step
         return Status(
             step=self.step,
             steps=self.options.steps,
@@ -280,17 +297,21 @@ class Trainer:
         """Trains to the end, or to Ctrl-C: then the step that runs is finished and a checkpoint written."""
         options, config = self.options, self.model.config
         self.out.mkdir(parents=True, exist_ok=True)
-        if not self._has_checkpoint():
+        if self.ranks.any(not self._has_checkpoint()):
             self.save()  # from here on there is always one to load
         peak = math.nan if isinstance(self.report, Silent) else peak_gflops(DTYPES[options.dtype])
-        log = LossLog(self.out / "loss.csv", self.step)
+        log = LossLog(self.out / "loss.csv", self.step) if self.ranks.first else NoLog()
         evaluation = None
         try:
             self.report.note(
                 f"{self.data.description}; {len(self.data.train):,} tokens to train on, "
                 f"{len(self.data.val):,} held out; {config.parameter_count:,} parameters; peak {peak:.0f} GFLOP/s"
             )
-            with interruptible() as interrupted:
+            with interruptible() as pressed:
+
+                def interrupted() -> bool:
+                    return self.ranks.any(pressed())
+
                 while self.fraction < 1.0 and not interrupted():
                     row = self.train_step()
                     done = self.fraction >= 1.0
@@ -312,7 +333,8 @@ class Trainer:
         finally:
             log.close()
             self.report.close()
-        plot(self.out / "loss.csv", self.out / "loss.png", title=self.data.description)
+        if self.ranks.first:
+            plot(self.out / "loss.csv", self.out / "loss.png", title=self.data.description)
         complete = finished and evaluation is not None
         return Result(self.step, self.seconds, evaluation if complete else None, not complete, self.out)
 

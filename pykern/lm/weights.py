@@ -34,7 +34,7 @@ def position_tables(model: "Transformer", max_len: int, dtype: torch.dtype) -> d
         table = positions.sinusoids(0, max_len, config.n_embd, like)
         return {"positions": table.contiguous(), "embedding_scale": config.n_embd**0.5}
     if config.positions == "rope":
-        cos, sin = positions.rotary(0, max_len, config.head_size, like)
+        cos, sin = positions.rotary(0, max_len, config.head_size, like, config.rope_theta)
         return {"rotary_cos": cos, "rotary_sin": sin}
     if config.positions == "alibi":
         return {"alibi_slopes": alibi_slopes(config.n_head).to(torch.float32).contiguous()}

@@ -22,12 +22,14 @@ class Attend(Protocol):
     ) -> Tensor: ...
 
 
-def make_norm(kind: str, width: int, bias: bool, device=None, dtype=None) -> LayerNorm | RMSNorm:
-    """norm "layernorm" (eps 1e-5) or "rmsnorm" (eps 1e-6) over the last dimension."""
+def make_norm(
+    kind: str, width: int, bias: bool, device=None, dtype=None, *, eps: float | None = None
+) -> LayerNorm | RMSNorm:
+    """norm "layernorm" (eps 1e-5 unless given) or "rmsnorm" (eps 1e-6 unless given) over the last dimension."""
     if kind == "layernorm":
-        return LayerNorm(width, eps=1e-5, bias=bias, device=device, dtype=dtype)
+        return LayerNorm(width, eps=1e-5 if eps is None else eps, bias=bias, device=device, dtype=dtype)
     if kind == "rmsnorm":
-        return RMSNorm(width, eps=1e-6, device=device, dtype=dtype)
+        return RMSNorm(width, eps=1e-6 if eps is None else eps, device=device, dtype=dtype)
     raise ValueError(f"norm is {kind!r} but must be layernorm or rmsnorm")
 
 
@@ -35,8 +37,9 @@ class SelfAttention(torch.nn.Module):
     """c_proj(attention(q, k, v)) + residual for x [B, T, width]; (q | k | v) = c_attn(x), n_kv_head heads of k and v.
 
     rotary (cos, sin), each [positions, head size / 2], rotates q and k; mask, bias and alibi_slopes are those of
-    pykern.attention. qk_norm normalises each head of q and k to root mean square 1 before the rotation. dropout falls
-    on the attention weights, in training and without a cache.
+    pykern.attention. cu_seqlens, int32 [N + 1]: x is [1, T, width], N sequences end to end that do not see each other;
+    without mask, bias and cache. qk_norm normalises each head of q and k to root mean square 1 before the rotation.
+    dropout falls on the attention weights, in training and without a cache.
     """
 
     def __init__(
@@ -84,12 +87,20 @@ class SelfAttention(torch.nn.Module):
         bias: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         cache: Attend | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
+        if cu_seqlens is not None and (cache is not None or x.shape[0] != 1):
+            raise ValueError(
+                "SelfAttention: cu_seqlens needs x [1, T, width] and no cache, got x "
+                f"{list(x.shape)}{'' if cache is None else ' and a cache'}"
+            )
         q, k, v = self.heads(x)
         if rotary is not None:
             q, k = (ops.rope(y, *rotary, positions=positions) for y in (q, k))
         out: Any
         if cache is None:
+            if cu_seqlens is not None:
+                q, k, v = (y[0].transpose(0, 1) for y in (q, k, v))
             out = ops.attention(
                 *(q, k, v),
                 mask=mask,
@@ -97,7 +108,11 @@ class SelfAttention(torch.nn.Module):
                 causal=self.causal,
                 alibi_slopes=alibi_slopes,
                 dropout_p=self.dropout if self.training else 0.0,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
             )
+            if cu_seqlens is not None:
+                out = out.transpose(0, 1)[None]
         else:
             out = cache(q, k, v, bias=bias, alibi_slopes=alibi_slopes)
         return self.c_proj(out.transpose(1, 2).flatten(2), residual)
@@ -109,9 +124,9 @@ class SelfAttention(torch.nn.Module):
 class TransformerBlock(torch.nn.Module):
     """h = x + attn(ln_1(x));  out = h + mlp(ln_2(h)), for x [B, T, width].
 
-    hidden is 4 * width unless given. dropout falls on the attention weights and on what each half adds, as in GPT-2.
-    recompute, also an attribute, keeps less for backward: the outputs of ln_1 and ln_2 are made again there. Gradients
-    have the same bits. The keyword arguments of forward are those of SelfAttention.
+    hidden is 4 * width unless given, norm_eps is make_norm's. dropout falls on the attention weights and on what each
+    half adds, as in GPT-2. recompute, also an attribute, keeps less for backward: the outputs of ln_1 and ln_2 are made
+    again there. Gradients have the same bits. The keyword arguments of forward are those of SelfAttention.
     """
 
     def __init__(
@@ -122,6 +137,7 @@ class TransformerBlock(torch.nn.Module):
         *,
         hidden: int | None = None,
         norm: str = "layernorm",
+        norm_eps: float | None = None,
         activation: str = "gelu_tanh",
         bias: bool = True,
         causal: bool = True,
@@ -133,11 +149,11 @@ class TransformerBlock(torch.nn.Module):
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.ln_1 = make_norm(norm, width, bias, **place)
+        self.ln_1 = make_norm(norm, width, bias, **place, eps=norm_eps)
         self.attn = SelfAttention(
             *(width, n_head, n_kv_head), bias=bias, causal=causal, qk_norm=qk_norm, dropout=dropout, **place
         )
-        self.ln_2 = make_norm(norm, width, bias, **place)
+        self.ln_2 = make_norm(norm, width, bias, **place, eps=norm_eps)
         self.mlp = MLP(width, 4 * width if hidden is None else hidden, activation, bias, **place)
         self.dropout, self.recompute = dropout, recompute
 

@@ -16,7 +16,7 @@ from .engine import Module
 class Loss(Module):
     """Row losses put together: reduction is "mean" or "sum" over the rows, or "none"."""
 
-    integer_inputs = ("targets",)
+    integer_inputs: tuple[str, ...] = ("targets",)
 
     def __init__(self, *, reduction: str = "mean"):
         inputs.choice(type(self).__name__, "reduction", reduction, ("mean", "sum", "none"))

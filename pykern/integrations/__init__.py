@@ -1,0 +1,1 @@
+"""Adapters to other projects' programs; each module says which package it needs."""
