@@ -1,14 +1,18 @@
-"""Which package of the standard library is this snippet from? One pre-trained model, fine-tuned in each way.
+"""One small pre-trained model of the standard library, fine-tuned as a classifier in each way, and a table of it.
 
-    python examples/finetune.py                      pre-trains a small model, then prints a table
+    python examples/finetune.py                      pre-trains the model, then prints the table
+    python examples/finetune.py --task package       the other task
     python examples/finetune.py --steps 20 --epochs 0.1 --seeds 1      a short run, to see that everything works
 
-Snippets are three lines or more, some 100 characters, of six packages; lines that name a package are left out. A third
-of the files of each package is the test: neither pre-training nor fine-tuning sees any of it.
+--task next     which kind of character follows these 48? Letters are common, digits rare.
+--task package  which of six packages is this snippet from, three lines or more? Lines that name a package are left out.
+
+A third of the files of each package is the test: neither pre-training nor fine-tuning sees any of it.
 """
 
 import argparse
 import hashlib
+import random
 import sys
 import sysconfig
 import tempfile
@@ -25,13 +29,15 @@ from pykern.lm.scores import Scores, confusion
 from pykern.lm.trainer import make_model
 
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
-SNIPPET = 100  # characters, at least; the model sees 128
+KINDS = ("digit", "letter", "line end", "sign", "space")
+CONTEXT = 48  # characters that --task next shows
+SNIPPET = 100  # characters that --task package shows, at least; the model sees 128
 MOST = 150  # snippets of a package for training: few, as labelled data are
-TEST = 150  # and for the test
+TEST = 500  # and for the test
 HELD_OUT = 20_000  # characters on which pre-training is evaluated
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128, "positions": "rope", "norm": "rmsnorm"}
 WAYS = {
-    "whole model, random start": {"lr": 1e-3},
+    "whole model, random start": {},
     "whole model": {},
     "frozen body": {"freeze_body": True},
     "LoRA, rank 8": {"lora": 8},
@@ -72,6 +78,27 @@ def snippets(texts: dict[str, list[str]], most: int) -> Labelled:
     return Labelled.of(found, labels, PACKAGES)
 
 
+def kind(character: str) -> str:
+    """Which of KINDS a character is."""
+    if character.isalpha() or character == "_":
+        return "letter"
+    return "digit" if character.isdigit() else {"\n": "line end", " ": "space"}.get(character, "sign")
+
+
+def continuations(texts: dict[str, list[str]], most: int) -> Labelled:
+    """So many places of each package, drawn at random: the text before, and the kind of the character there."""
+    generator, found, labels = random.Random(0), [], []
+    for contents in texts.values():
+        whole = "\n".join(contents)
+        for place in generator.sample(range(CONTEXT, len(whole)), most):
+            found.append(whole[place - CONTEXT : place])
+            labels.append(kind(whole[place]))
+    return Labelled.of(found, labels, KINDS)
+
+
+TASKS = {"next": continuations, "package": snippets}
+
+
 def pretrain(out: Path, test: dict[str, list[str]], steps: int) -> None:
     """A language model of the library without the files of the test."""
     hidden = {text for texts in test.values() for text in texts}
@@ -89,21 +116,22 @@ def pretrain(out: Path, test: dict[str, list[str]], steps: int) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="next")
     parser.add_argument("--model", type=Path, help="a folder of an earlier run of this script: no pre-training")
     parser.add_argument("--out", type=Path, help="where to leave the pre-trained model")
     parser.add_argument("--steps", type=int, default=800, help="of pre-training")
-    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--epochs", type=float, default=6.0)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args(argv)
     train_texts, test_texts = files()
-    data, test = snippets(train_texts, MOST), snippets(test_texts, TEST)
-    print(f"{len(data):,} snippets to learn from, {len(test):,} of other files to test on")
-    print(", ".join(f"{name} {a} + {b}" for name, a, b in zip(PACKAGES, data.counts, test.counts, strict=True)))
+    data, test = TASKS[arguments.task](train_texts, MOST), TASKS[arguments.task](test_texts, TEST)
+    print(f"{len(data):,} texts to learn from, {len(test):,} of other files to test on")
+    print(", ".join(f"{name} {a} + {b}" for name, a, b in zip(data.classes, data.counts, test.counts, strict=True)))
     with tempfile.TemporaryDirectory() as folder:
         base = arguments.model or arguments.out or Path(folder, "base")
         if arguments.model is None:
             pretrain(base, test_texts, arguments.steps)
-        rows = [table_row("always the most frequent package", 0, [majority(test)], [0.0])]
+        rows = [table_row("nothing: always the most frequent class", 0, [majority(test)], [0.0])]
         for n, (way, changes) in enumerate(WAYS.items()):
             scores, seconds, trained = [], [], 0
             for seed in range(arguments.seeds):
@@ -128,7 +156,7 @@ def main(argv: list[str]) -> int:
 
 def majority(test: Labelled) -> Scores:
     answers = test.labels * 0 + int(test.counts.argmax())
-    return Scores(confusion(test.labels, answers, len(PACKAGES)), float("nan"))
+    return Scores(confusion(test.labels, answers, len(test.classes)), float("nan"))
 
 
 def table_row(way: str, trained: int, scores: list[Scores], seconds: list[float]) -> str:

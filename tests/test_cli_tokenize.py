@@ -79,8 +79,10 @@ def test_inspect_trains_each_kind(folder, tmp_path, capsys):
 def test_time(folder, tmp_path, capsys):
     data = ["--data", str(folder / "text.txt"), "--kind", "word"]
     assert main(["tokenize", "train", *data, "--out", str(tmp_path / "t.json"), "--time"]) == 0
-    line = capsys.readouterr().out.splitlines()[1]
-    assert "characters: trained in" in line and line.endswith("M characters/s")
+    _, counts, training, encoding = capsys.readouterr().out.splitlines()
+    tokens = len(Tokenizer.load(tmp_path / "t.json").encode(TEXT[: len(TEXT) - len(TEXT) // 20]))
+    assert counts == f"{len(TEXT) - len(TEXT) // 20} characters, {tokens} tokens"
+    assert training.startswith("training: ") and encoding.endswith("M characters/s")
 
 
 def stdin(data, monkeypatch):

@@ -4,10 +4,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from pykern.cli.parts import add_flag, flag, given, set_threads
+from pykern.cli.parts import add_flag, flag, given, plot_path, set_threads
 from pykern.cli.train import SHAPE
 
 OPTIONS = {  # argument of pykern.lm.compare.compare: (type, help)
@@ -40,27 +39,13 @@ def refuse_without_compare(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{flag(name)} goes with --compare only")
 
 
-def _plot_path(name: str) -> Path:
-    """Refused now, not after the training."""
-    import importlib.util
-
-    path = Path(name)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--plot: no such folder: {path.parent}")
-    if path.is_dir():
-        raise ValueError(f"--plot: {path} is a folder")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'pykern[lm]'")
-    return path
-
-
 def compare(arguments: argparse.Namespace) -> int:
     for name in ("model", "baseline"):
         if getattr(arguments, name):
             raise ValueError(f"--{name} does not go with --compare: it trains its own models, n-grams among them")
     set_threads(arguments.threads)
     options: dict[str, Any] = given(arguments, [*OPTIONS, *SHAPE_OPTIONS])
-    path = _plot_path(arguments.plot) if hasattr(arguments, "plot") else None
+    path = plot_path(arguments.plot) if hasattr(arguments, "plot") else None
     import pykern.lm.compare as comparison
     from pykern.lm import corpus
 

@@ -10,7 +10,7 @@ OPTIONS = {  # field of FineTuneOptions: (type or choices, help)
     "steps": (int, "updates of the weights"),
     "epochs": (float, "passes over the data, instead of --steps (default 3)"),
     "batch_size": (int, "texts per step"),
-    "lr": (float, "highest learning rate (default 3e-4; 1e-2 with --freeze-body, 2e-3 with --lora)"),
+    "lr": (float, "highest learning rate (default 1e-3; 1e-2 with --freeze-body, 2e-3 with --lora)"),
     "weight_decay": (float, "AdamW's, for matrices"),
     "clip": (float, "largest norm of the gradient; 0: any"),
     "dtype": (("float32", "bfloat16"), "of the matrix products; weights are float32"),

@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pykern.cli.compare import NAMES as COMPARE_NAMES
-from pykern.cli.compare import _plot_path
-from pykern.cli.parts import add_flag, flag, given, load_model, set_threads
+from pykern.cli.parts import add_flag, flag, given, load_model, plot_path, set_threads
 
 if TYPE_CHECKING:
     from pykern.lm.icl import ShotsResult
@@ -115,7 +114,7 @@ def checked_options(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--steps does not go with --model: it is not trained")
     if out is not None:
         checked_shots("evaluate", shots, 2 * EXAMPLES)
-    path = _plot_path(arguments.plot) if hasattr(arguments, "plot") else None
+    path = plot_path(arguments.plot) if hasattr(arguments, "plot") else None
     recipe = replace(RECIPE, seed=seed, steps=getattr(arguments, "steps", RECIPE.steps))
     return {"shots": shots, "episodes": episodes, "seed": seed, "plot": path, "out": out, "recipe": recipe}
 

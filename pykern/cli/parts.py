@@ -1,7 +1,9 @@
 """What the commands of the command line share: a parser that refuses in one line, options, threads, a checkpoint."""
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -53,3 +55,15 @@ def load_model(folder: str) -> tuple[Any, Any]:
     if loaded.tokenizer is None:
         raise ValueError(f"{folder} has no tokenizer.json")
     return Transformer.from_checkpoint(loaded), loaded.tokenizer
+
+
+def plot_path(name: str) -> Path:
+    """The file of --plot; one that cannot be written is refused now, not after the work."""
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--plot: no such folder: {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"--plot: {path} is a folder")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib: pip install 'pykern[lm]'")
+    return path

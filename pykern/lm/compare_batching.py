@@ -110,23 +110,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", choices=("lines", "paragraphs"), default="lines")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--targets", type=int, default=2000, help="per step, on average")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--val-texts", type=int, default=500, help="held-out texts, at most")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--val-texts", type=int, default=250, help="held-out texts, evenly spread over all")
     parser.add_argument("--processor-time", action="store_true", help="not wall time: for a machine that is busy")
     arguments = parser.parse_args(argv)
     text, tokenizer = corpus.load(arguments.data), Tokenizer.train("byte")
     texts = Documents.encode(parts(text.train_texts, arguments.split), tokenizer)
-    held_out = Documents.encode(parts(text.val_texts, arguments.split)[: arguments.val_texts], tokenizer)
+    val = parts(text.val_texts, arguments.split)
+    held_out = Documents.encode(val[:: max(1, len(val) // max(1, arguments.val_texts))], tokenizer)
     config = Config(
-        n_layer=4, n_head=4, n_embd=128, block_size=arguments.block_size, vocab_size=256, positions="rope",
+        n_layer=2, n_head=2, n_embd=64, block_size=arguments.block_size, vocab_size=256, positions="rope",
         norm="rmsnorm", activation="swiglu",
     )  # fmt: skip
-    options = TrainOptions(steps=arguments.steps, lr=2e-3, warmup=20)
     print(f"{len(texts)} texts, {len(texts.tokens) / len(texts):.0f} tokens each on average")
-    print(f"{'batches':8} {'padding':>8} {'tokens':>9} {'tokens/s':>9} {'held-out loss':>14}")
+    print(f"{'seed':4} {'batches':8} {'padding':>8} {'tokens':>9} {'tokens/s':>9} {'held-out loss':>14}")
     clock = time.process_time if arguments.processor_time else time.perf_counter
-    for way in compare(texts, held_out, config, options, targets=arguments.targets, clock=clock):
-        print(f"{way.name:8} {way.padding:8.1%} {way.tokens:9} {way.tokens_per_second:9.0f} {way.loss:14.4f}")
+    for seed in range(arguments.seeds):
+        options = TrainOptions(steps=arguments.steps, lr=2e-3, warmup=20, seed=seed)
+        for way in compare(texts, held_out, config, options, targets=arguments.targets, clock=clock):
+            print(
+                f"{seed:4} {way.name:8} {way.padding:8.1%} {way.tokens:9} {way.tokens_per_second:9.0f} {way.loss:14.4f}"
+            )
     return 0
 
 

@@ -1,8 +1,8 @@
 """Short texts as training batches: one text a row with padding behind it, or several texts a row, packed end to end.
 
 A text t of n tokens is cut to the first block_size + 1 and gives the inputs t[:-1] and the targets t[1:]. Packing is
-done once: in an order drawn from the seed, each text joins the fullest row that has room for it. An epoch visits every row once, in an order drawn from (seed, epoch), so the batch of a step is a function of
-(seed, step) alone.
+done once: in an order drawn from the seed, each text joins the fullest row that has room for it. An epoch visits every
+row once, in an order drawn from (seed, epoch), so the batch of a step is a function of (seed, step) alone.
 """
 
 import os

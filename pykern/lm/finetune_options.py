@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pykern.lm.options import TrainOptions
 
-RATES = {"whole": 3e-4, "frozen": 1e-2, "lora": 2e-3}  # learning rates: a new head and adapters start from nothing
+RATES = {"whole": 1e-3, "frozen": 1e-2, "lora": 2e-3}  # learning rates: a new head and adapters start from nothing
 CLASS_WEIGHTS = ("none", "balanced")
 EVALUATIONS = 10  # of a run, unless eval_every says otherwise
 EPOCHS = 3.0
@@ -16,7 +16,7 @@ class FineTuneOptions:
     """A run of `steps` steps, or of `epochs` passes over the training part (3 when both are None).
 
     freeze_body trains the head alone; lora is the rank of adapters on a frozen body, alpha lora_alpha (None: the rank).
-    lr None: 3e-4, with freeze_body 1e-2, with lora 2e-3. It rises over the first tenth of the steps, then falls to 0.
+    lr None: 1e-3, with freeze_body 1e-2, with lora 2e-3. It rises over the first tenth of the steps, then falls to 0.
     dtype "bfloat16" keeps float32 weights and multiplies in bfloat16 (torch.autocast). patience 0: never end early.
     class_weights "balanced" gives every class the same share of the loss. held_out: the share of the labelled texts
     (of a language model's text, pykern.lm.corpus decides). ValueError names the option that is wrong.

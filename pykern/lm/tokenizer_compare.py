@@ -1,7 +1,6 @@
 """One text under several tokenizers: the pieces, the counts, and a picture of both."""
 
 import os
-import time
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,14 +64,6 @@ def compare_tokenizers(text: str, tokenizers: Mapping[str, Tokenizer]) -> list[C
         pieces = tuple(tokenizer.pieces(text))
         found.append(Comparison(name, tokenizer.kind, tokenizer.vocab_size, len(text), len(text.encode()), pieces))
     return found
-
-
-def encoding_rate(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[int, float]:
-    """Characters of texts, and the seconds that encoding them took."""
-    texts = list(texts)
-    start = time.perf_counter()
-    tokenizer.encode_texts(texts)
-    return sum(map(len, texts)), time.perf_counter() - start
 
 
 def visible(data: bytes) -> str:
