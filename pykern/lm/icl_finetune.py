@@ -19,7 +19,7 @@ from pykern.lm.tokenizer import Tokenizer
 from pykern.optim import AdamW
 
 TEXT = 2  # tokens that are read of an example, START and key, and of a query
-STEPS, LR = 10, 3e-3  # the cheapest tried that makes a trained model learn every example: docs/icl.md
+STEPS, LR = 10, 1e-2  # the cheapest tried that makes a trained model learn every example: docs/icl.md
 
 
 def learn(model: Transformer, x: Tensor, y: Tensor, steps: int, lr: float) -> None:
@@ -70,14 +70,14 @@ def finetune(
         correct, learning, asking = 0, 0.0, 0.0
         for examples, prompt, answer in zip(drawn.examples, drawn.prompts, drawn.answers, strict=True):
             learner.load_state_dict(original)
-            start = time.perf_counter()
+            start = learned = time.perf_counter()
             if k > 0:
                 pairs = ids[torch.from_numpy(examples)]
                 x = torch.stack([ids[0].expand(k), pairs[:, 0]], 1)
                 y = torch.stack([torch.full_like(pairs[:, 1], IGNORED), pairs[:, 1]], 1)
                 learner.train()
                 learn(learner, x, y, steps, lr)
-            learned = time.perf_counter()
+                learned = time.perf_counter()
             learner.eval()
             with torch.no_grad():
                 query = ids[[0, int(prompt[-1])]][None]
@@ -102,5 +102,5 @@ def finetune(
                 flops_query=TEXT * config.forward_flops_per_token(TEXT),
             )
         )
-        report(f"fine-tuned on {k} examples: {correct / episodes:.1%} of {episodes} tasks")
+        report(f"fine-tuned, {k} shots | {correct / episodes:.1%} of {episodes} tasks")
     return results

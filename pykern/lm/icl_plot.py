@@ -32,7 +32,7 @@ def _draw_accuracy(axes: Any, methods: dict[str, list[ShotsResult]], places: dic
     axes.set(xlabel="examples of the task (shots)", ylabel="accuracy, 95 % interval", ylim=(0.0, 1.04))
     axes.set_xticks(list(places.values()), [str(k) for k in places])
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left")
 
 
 def _draw_cost(axes: Any, methods: dict[str, list[ShotsResult]], places: dict[int, int]) -> None:
