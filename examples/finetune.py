@@ -32,8 +32,8 @@ PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml
 KINDS = ("digit", "letter", "line end", "sign", "space")
 CONTEXT = 48  # characters that --task next shows
 SNIPPET = 100  # characters that --task package shows, at least; the model sees 128
-MOST = 150  # snippets of a package for training: few, as labelled data are
-TEST = 500  # and for the test
+MOST = {"next": 400, "package": 150}  # texts of a package for training: few, as labelled data are
+TEST = 500  # and for the test, at most
 HELD_OUT = 20_000  # characters on which pre-training is evaluated
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 128, "positions": "rope", "norm": "rmsnorm"}
 WAYS = {
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args(argv)
     train_texts, test_texts = files()
-    data, test = TASKS[arguments.task](train_texts, MOST), TASKS[arguments.task](test_texts, TEST)
+    data, test = TASKS[arguments.task](train_texts, MOST[arguments.task]), TASKS[arguments.task](test_texts, TEST)
     print(f"{len(data):,} texts to learn from, {len(test):,} of other files to test on")
     print(", ".join(f"{name} {a} + {b}" for name, a, b in zip(data.classes, data.counts, test.counts, strict=True)))
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
 
 def majority(test: Labelled) -> Scores:
     answers = test.labels * 0 + int(test.counts.argmax())
-    return Scores(confusion(test.labels, answers, len(test.classes)), float("nan"))
+    return Scores(confusion(test.labels, answers, len(test.classes)), float("nan"), float("nan"))
 
 
 def table_row(way: str, trained: int, scores: list[Scores], seconds: list[float]) -> str:

@@ -40,7 +40,7 @@ def scores(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> int:
     data = read_labelled(arguments.test, model.classes)
     result = score_texts(model, tokenizer, data, batch_size=arguments.batch_size)
     if arguments.json:
-        names = ("balanced_accuracy", "macro_f1", "accuracy", "loss", "texts")
+        names = ("balanced_accuracy", "macro_f1", "accuracy", "balanced_loss", "loss", "texts")
         values = {name: getattr(result, name) for name in names}
         print(json.dumps(values | {"classes": list(model.classes), "confusion": result.confusion.tolist()}))
     else:

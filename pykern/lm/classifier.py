@@ -19,7 +19,7 @@ from pykern.lm.files import json_bytes, read_json, replace_file
 from pykern.lm.labelled import MAX_CLASSES, Labelled, check_label, check_text
 from pykern.lm.lora import fingerprint, plain_state, write_tensors
 from pykern.lm.model import Transformer, expected_tensors
-from pykern.lm.scores import Scores, confusion
+from pykern.lm.scores import Scores, balanced_mean, confusion
 from pykern.lm.tokenizer import Tokenizer
 
 CLASSES, HEAD = "classes.json", "head.safetensors"
@@ -195,8 +195,9 @@ def evaluate_classifier(
     """The Scores of a model on texts with labels int64 [N]."""
     logits = logits_of(model, encoded, batch_size=batch_size, each_batch=each_batch)
     truth = torch.from_numpy(labels)
-    loss = float(torch.nn.functional.cross_entropy(logits.double(), truth))
-    return Scores(confusion(labels, logits.argmax(1).numpy(), len(model.classes)), loss)
+    nats = torch.nn.functional.cross_entropy(logits.double(), truth, reduction="none").numpy()
+    table = confusion(labels, logits.argmax(1).numpy(), len(model.classes))
+    return Scores(table, float(nats.mean()), balanced_mean(nats, labels))
 
 
 def score_texts(model: Classifier, tokenizer: Tokenizer, data: Labelled, *, batch_size: int = 32) -> Scores:

@@ -35,9 +35,9 @@ class Fit(Generic[Score]):
     trained: int
 
 
-def quality(score: Evaluation | Scores) -> tuple[float, ...]:
-    """Larger is better: less loss of a language model; balanced accuracy, then less loss, of a classifier."""
-    return (score.balanced_accuracy, -score.loss) if isinstance(score, Scores) else (-score.loss,)
+def quality(score: Evaluation | Scores) -> float:
+    """Larger is better: less loss; of a classifier the class-balanced loss, less noisy than its accuracy."""
+    return -score.balanced_loss if isinstance(score, Scores) else -score.loss
 
 
 def _line(score: Evaluation | Scores) -> str:

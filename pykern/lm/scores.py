@@ -27,12 +27,21 @@ def confusion(truth: np.ndarray, answers: np.ndarray, classes: int) -> np.ndarra
     return table
 
 
+def balanced_mean(values: np.ndarray, truth: np.ndarray) -> float:
+    """The mean over the classes that occur in truth [N] of the mean of values [N] of each."""
+    return float(np.mean([values[truth == c].mean() for c in np.unique(truth)]))
+
+
 @dataclass(frozen=True)
 class Scores:
-    """confusion int64 [C, C], rows the truth, columns the answers; loss: mean cross entropy in nats."""
+    """confusion int64 [C, C], rows the truth, columns the answers.
+
+    loss: mean cross entropy of the texts in nats; balanced_loss: the mean over the classes of each one's mean.
+    """
 
     confusion: np.ndarray
     loss: float
+    balanced_loss: float
 
     @property
     def texts(self) -> int:
@@ -61,7 +70,7 @@ class Scores:
     def __str__(self) -> str:
         return (
             f"balanced accuracy {self.balanced_accuracy:.1%}, macro F1 {self.macro_f1:.3f}, "
-            f"accuracy {self.accuracy:.1%}, loss {self.loss:.4f} on {self.texts:,} texts"
+            f"accuracy {self.accuracy:.1%}, balanced loss {self.balanced_loss:.4f} on {self.texts:,} texts"
         )
 
     def table(self, classes: Sequence[str]) -> str:
