@@ -46,7 +46,7 @@ def save_npz(model: "Transformer", path: str | os.PathLike[str], tokenizer: Toke
     """
     path = Path(path)
     check_vocabulary("save_npz", model, tokenizer)
-    arrays = {name: _values(tensor) for name, tensor in model.state_dict().items()}
+    arrays: dict[str, Any] = {name: _values(tensor) for name, tensor in model.state_dict().items()}
     arrays["config.json"] = np.frombuffer(json_bytes(model.config.to_dict()), np.uint8)
     if tokenizer is not None:
         arrays["tokenizer.json"] = np.frombuffer(tokenizer.to_json().encode(), np.uint8)
@@ -54,7 +54,7 @@ def save_npz(model: "Transformer", path: str | os.PathLike[str], tokenizer: Toke
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:  # a path without .npz would get it
-            np.savez(file, allow_pickle=False, **arrays)
+            np.savez(file, **arrays)
 
     replace_file(path, write)
 
