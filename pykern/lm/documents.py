@@ -6,6 +6,7 @@ row once, in an order drawn from (seed, epoch), so the batch of a step is a func
 """
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def pack(lengths: np.ndarray, room: int, order: np.ndarray) -> list[list[int]]:
     return rows
 
 
-class _Rows:
+class _Rows(ABC):
     """Batches of rows of texts; what a row holds is decided by the subclasses."""
 
     name = "Batches"
@@ -195,8 +196,9 @@ class _Rows:
             raise ValueError(f"{self.name}: {argument} must be at least {least}, got {value}")
 
     @property
+    @abstractmethod
     def rows_per_epoch(self) -> int:
-        raise NotImplementedError
+        """How many rows hold every text once."""
 
     def _drawn(self, step: int) -> list[int]:
         """The rows of a step."""
