@@ -22,10 +22,11 @@ from pykern.lm.data import Data
 from pykern.lm.evaluation import Evaluation, evaluate
 from pykern.lm.files import json_bytes, replace_file
 from pykern.lm.finetune_options import FineTuneOptions
-from pykern.lm.fit import Fit, fit
+from pykern.lm.fit import Fit, Score, fit
 from pykern.lm.labelled import Labelled, LabelledBatches, balanced_weights, split
 from pykern.lm.lora import adapters, add_lora, merge_lora, plain_state, save_adapter
 from pykern.lm.model import Transformer
+from pykern.lm.options import TrainOptions
 from pykern.lm.plot import LossLog, plot
 from pykern.lm.progress import Reporter, Silent
 from pykern.lm.scores import Scores
@@ -64,6 +65,25 @@ def _finish(body: Transformer, out: Path, options: FineTuneOptions) -> None:
     if options.lora is not None:
         save_adapter(body, out)
         merge_lora(body)
+
+
+def _logged(
+    out: Path,
+    options: FineTuneOptions,
+    report: Reporter,
+    model: torch.nn.Module,
+    training: TrainOptions,
+    *,
+    batch: Callable[[int], tuple[Tensor, int]],
+    evaluated: Callable[[Callable[[], None]], Score],
+) -> Fit[Score]:
+    """fit(), with a row per step in loss.csv."""
+    log = LossLog(out / "loss.csv", 0)
+    try:
+        patience = options.patience
+        return fit(model, training, batch=batch, evaluated=evaluated, patience=patience, log=log.add, report=report)
+    finally:
+        log.close()
 
 
 def finetune_lm(
@@ -111,19 +131,8 @@ def finetune_lm(
         x, y = batches.at(step)
         return model(x.to(model.device), y.to(model.device)), y.numel()
 
-    log = LossLog(out / "loss.csv", 0)
-    try:
-        report.note(f"{data.description}; {len(data.train):,} tokens to train on, {len(data.val):,} held out")
-        result: Fit[Evaluation] = fit(
-            *(model, training),
-            batch=batch,
-            evaluated=evaluated,
-            patience=options.patience,
-            log=log.add,
-            report=report,
-        )
-    finally:
-        log.close()
+    report.note(f"{data.description}; {len(data.train):,} tokens to train on, {len(data.val):,} held out")
+    result = _logged(out, options, report, model, training, batch=batch, evaluated=evaluated)
     _finish(model, out, options)
     tensors = {name: value.float() for name, value in plain_state(model).items()}
     _record(out, "lm", options, result, {"source": data.source, "sha256": data.sha256})
@@ -170,22 +179,11 @@ def finetune_classifier(
         ids, lengths = x.batch(rows, body.device)
         return model.loss(ids, lengths, torch.from_numpy(train.labels[rows]), weights), int(lengths.sum())
 
-    log = LossLog(out / "loss.csv", 0)
-    try:
-        report.note(f"{len(train):,} texts to train on, {len(val):,} held out; {len(data.classes)} classes")
-        cut = x.truncated + x_val.truncated
-        if cut:
-            report.note(f"{cut:,} texts are longer than the model sees: their first {limit} tokens count")
-        result: Fit[Scores] = fit(
-            *(model, training),
-            batch=batch,
-            evaluated=evaluated,
-            patience=options.patience,
-            log=log.add,
-            report=report,
-        )
-    finally:
-        log.close()
+    report.note(f"{len(train):,} texts to train on, {len(val):,} held out; {len(data.classes)} classes")
+    cut = x.truncated + x_val.truncated
+    if cut:
+        report.note(f"{cut:,} texts are longer than the model sees: their first {limit} tokens count")
+    result = _logged(out, options, report, model, training, batch=batch, evaluated=evaluated)
     _finish(body, out, options)
     _record(out, "classify", options, result, {"texts": len(train), "held_out": len(val)})
     model.save(out, tokenizer)
