@@ -51,8 +51,7 @@ static inline R zip_high_parts(R a, R b, std::integer_sequence<int, I...>) {
       a, b, (I / n * n + n / 2 + I % n / 2 + I % 2 * static_cast<int>(sizeof...(I)))...);
 }
 
-// In each part: rows[i] lane j  ->  rows[j] lane i. Each round interleaves row i with row i + n
-// / 2.
+// In each part: rows[i] lane j  ->  rows[j] lane i. Each round interleaves rows i and i + n / 2.
 template <class C>
 [[gnu::always_inline]] static inline void transpose_parts(Vec<C>* rows) {
   constexpr int n = kPart<C>;
