@@ -44,7 +44,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if arguments.compare == "models":
         return compare(arguments)
     if arguments.compare is not None:
-        raise ValueError(f"--compare is {arguments.compare!r} but must be models")
+        raise ValueError(f"--compare is {arguments.compare!r} but must be models, or finetune with --task icl")
     refuse_without_compare(arguments)
     if arguments.model is None:
         raise ValueError("--model is missing: it may be left out with --compare only")
