@@ -2,8 +2,8 @@
 //
 // Along k, sums run over chunks of kChunk<T> units, which are then added in order: the order
 // depends on K alone, so a row's bits depend on nothing but the row. How the work is cut is free:
-//   blocked      A is packed once, in strips of kTileRows rows; a task packs a block of columns
-//                of B into its own cache and walks the strips
+//   blocked      a task packs a block of columns of B into its own cache and walks strips of
+//                kTileRows rows of A, which are read where they lie or packed
 //   transposed   not many rows of A: C^T = B^T A^T, the strips of B^T read where they lie
 //   few rows     B^T streams through the registers once, transposed on the way
 #include "cpu/gemm.h"
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kBlockBytes = 600 << 10;  // packed columns of one task: over half of a 1 MiB L2
 constexpr int64_t kPackedBytes = 8 << 20;   // packed rows of A at a time: they stay in the L3
 constexpr int64_t kPartialBytes = 64 << 20;
-constexpr int64_t kPackedStrips = 8;      // of A, packed by one task
+constexpr int64_t kPackedStrips = 4;      // of A, packed in one go
 constexpr int64_t kTransposedRows = 192;  // at this many rows packing B costs 5 %
 
 // Units of k at a time, half as many more where that saves a cut: a panel of B of that depth takes
@@ -66,6 +66,13 @@ static bool in_place(const Matrix<T>& A, int64_t K) {
   return sizeof(T) == sizeof(Compute<T>);
 }
 
+// How the tile comes by the strips of A.
+enum class Strips {
+  in_place,  // read where they lie
+  own,       // a task, which has all of B, packs those it needs
+  shared,    // packed for all tasks before they start
+};
+
 // How the loops are cut.
 template <class T>
 struct Cut {
@@ -73,8 +80,10 @@ struct Cut {
   int64_t panels, block;           // panels of B, and of a task
   int64_t rows, strips;            // rows of A at a time, a multiple of kTileRows, and their strips
   int64_t strip_size, panel_size;  // packed, in numbers
+  int64_t column_blocks, row_blocks;
+  Strips source;
 
-  Cut(int64_t M, int64_t N, int64_t K, int threads) {
+  Cut(int64_t M, int64_t N, int64_t K, bool in_place, int threads) {
     constexpr int R = kTileRows, W = kTileColumns<T>;
     constexpr int64_t size = sizeof(Compute<T>);
     count = units<T>(K);
@@ -83,7 +92,9 @@ struct Cut {
     strip_size = depth * R + Vec<Compute<T>>::lanes;
     panel_size = depth * W + Vec<Compute<T>>::lanes;  // panels do not share cache sets
     block = kBlockBytes / (panel_size * size + 1);
-    const int64_t share = (panels + 4 * threads - 1) / (4 * threads);
+    source = in_place ? Strips::in_place : panels <= block ? Strips::own : Strips::shared;
+    const int64_t share =
+        source == Strips::own ? panels : (panels + 4 * threads - 1) / (4 * threads);
     block = block < 1 ? 1 : block > share ? share : block;
     rows = kPackedBytes / (strip_size * size);  // in strips
     if (count > depth) {
@@ -93,34 +104,35 @@ struct Cut {
     rows = (rows < 16 ? 16 : rows) * R;
     rows = rows < M ? rows : M;
     strips = (rows + R - 1) / R;
+    column_blocks = (panels + block - 1) / block;
+    // More row blocks only where columns are few, and no more than let a packed panel serve 16
+    // strips.
+    row_blocks = threads == 1 ? 1 : (4 * threads + column_blocks - 1) / column_blocks;
+    const int64_t most = (strips + 15) / 16;
+    row_blocks = row_blocks > most ? most : row_blocks;
   }
 };
 
 template <class T>
-static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, bool read_in_place,
+static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B, bool in_place,
                       int threads, const TileSink& sink) {
   using C = Compute<T>;
   constexpr int R = kTileRows, W = kTileColumns<T>;
-  const Cut<T> cut(M, N, K, threads);
+  const Cut<T> cut(M, N, K, in_place, threads);
   const bool whole = cut.count == cut.depth;
-  const int64_t column_blocks = (cut.panels + cut.block - 1) / cut.block;
-  // More row blocks only where columns are few, and no more than let a packed panel serve 16
-  // strips.
-  int64_t row_blocks = threads == 1 ? 1 : (4 * threads + column_blocks - 1) / column_blocks;
-  const int64_t most = (cut.strips + 15) / 16;
-  row_blocks = row_blocks > most ? most : row_blocks;
-
-  const Scratch packed_a(read_in_place ? 0 : cut.strips * cut.strip_size * sizeof(C));
+  const int64_t strip_bytes = cut.strip_size * static_cast<int64_t>(sizeof(C));
+  const Scratch packed_a(cut.source == Strips::shared ? cut.strips * strip_bytes : 0);
+  const Scratch own_a(cut.source == Strips::own ? kPackedStrips * strip_bytes : 0, threads);
   const Scratch packed_b(cut.block * cut.panel_size * sizeof(C), threads);
   const Scratch partial(whole ? R * W * sizeof(C) : cut.strips * cut.panels * R * W * sizeof(C),
                         whole ? threads : 1);
   const Scratch last_block(64, threads);  // which column block a thread has packed
-  if (!packed_a.ok() || !packed_b.ok() || !partial.ok() || !last_block.ok())
+  if (!packed_a.ok() || !own_a.ok() || !packed_b.ok() || !partial.ok() || !last_block.ok())
     return Status::out_of_memory;
 
   for (int64_t row0 = 0; row0 < M; row0 += cut.rows) {
     const int64_t rows = M - row0 < cut.rows ? M - row0 : cut.rows, strips = (rows + R - 1) / R;
-    const int64_t strips_per_task = (strips + row_blocks - 1) / row_blocks;
+    const int64_t strips_per_task = (strips + cut.row_blocks - 1) / cut.row_blocks;
     for (int64_t u0 = 0, more = 1; more; u0 += cut.depth) {
       const int64_t depth = cut.count - u0 < cut.depth ? cut.count - u0 : cut.depth;
       const int64_t k0 = u0 * kUnit<T>;
@@ -128,13 +140,16 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
       const bool last = u0 + depth >= cut.count;
       more = !last;
       for (int t = 0; t < threads; ++t) *last_block.template at<int64_t>(t) = -1;
-      if (!read_in_place)
+      const auto pack_rows = [&](C* to, int64_t first, int64_t end) {  // strips first..end-1
+        pack_strips<T>(to, R, end - first, cut.strip_size, A.from(row0 + first * R, k0),
+                       rows - first * R, k);
+      };
+      if (cut.source == Strips::shared)
         parallel_rows(strips, kPackedStrips, threads, [&](int64_t first, int64_t end, int) {
-          pack_strips<T>(packed_a.template at<C>() + first * cut.strip_size, R, end - first,
-                         cut.strip_size, A.from(row0 + first * R, k0), rows - first * R, k);
+          pack_rows(packed_a.template at<C>() + first * cut.strip_size, first, end);
         });
-      parallel_for(column_blocks * row_blocks, threads, [&](int64_t task, int thread) {
-        const int64_t column_block = task / row_blocks;
+      parallel_for(cut.column_blocks * cut.row_blocks, threads, [&](int64_t task, int thread) {
+        const int64_t column_block = task / cut.row_blocks;
         const int64_t first_panel = column_block * cut.block;
         const int64_t last_panel =
             first_panel + cut.block < cut.panels ? first_panel + cut.block : cut.panels;
@@ -144,13 +159,24 @@ static Status blocked(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B,
           pack_strips<T>(b, W, last_panel - first_panel, cut.panel_size,
                          B.transposed().from(first_panel * W, k0), N - first_panel * W, k);
         *packed = column_block;
-        const int64_t first_strip = task % row_blocks * strips_per_task;
-        for (int64_t s = first_strip; s < first_strip + strips_per_task && s < strips; ++s) {
+        const int64_t first_strip = task % cut.row_blocks * strips_per_task;
+        const int64_t last_strip =
+            first_strip + strips_per_task < strips ? first_strip + strips_per_task : strips;
+        C* own = own_a.template at<C>(thread);
+        for (int64_t s = first_strip; s < last_strip; ++s) {
           const int64_t row = row0 + s * R;
           const int height = M - row < R ? static_cast<int>(M - row) : R;
-          TileRows<C> a = {packed_a.template at<C>() + s * cut.strip_size, 1, R};
-          if (read_in_place)
+          TileRows<C> a = {nullptr, 1, R};
+          if (cut.source == Strips::in_place) {
             a = {reinterpret_cast<const C*>(A.from(row, k0).data), A.row / kUnit<T>, 1};
+          } else if (cut.source == Strips::shared) {
+            a.data = packed_a.template at<C>() + s * cut.strip_size;
+          } else {
+            const int64_t i = (s - first_strip) % kPackedStrips;
+            if (i == 0)
+              pack_rows(own, s, s + kPackedStrips < last_strip ? s + kPackedStrips : last_strip);
+            a.data = own + i * cut.strip_size;
+          }
           for (int64_t p = first_panel; p < last_panel; ++p) {
             C* tile = whole ? partial.template at<C>(thread)
                             : partial.template at<C>() + (s * cut.panels + p) * R * W;
@@ -206,7 +232,9 @@ static Status multiply_as(int64_t M, int64_t N, int64_t K, AnyMatrix a, AnyMatri
     return blocked<T>(N, M, K, B.transposed(), A.transposed(), true, threads,
                       {Sink::take, &transposing});
   }
-  return blocked<T>(M, N, K, A, B, false, threads, sink);
+  // Where rows are a multiple of 4 KiB apart, those of a high tile do not fit their one cache set.
+  const bool crowded = kTileRows > 8 && A.row * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+  return blocked<T>(M, N, K, A, B, in_place(A, K) && !crowded, threads, sink);
 }
 
 }  // namespace
