@@ -377,11 +377,7 @@ class LmModel:
 
 # ---- adamw: decoupled weight decay, bias-corrected; one pass over memory
 def adamw(
-    param: Array,
-    grad: Array,
-    exp_avg: Array,
-    exp_avg_sq: Array,
-    master: Array | None,
+    states: list[tuple[Array, Array, Array, Array, Array | None]],
     *,
     lr: float,
     beta1: float,
@@ -391,8 +387,11 @@ def adamw(
     step: int,
     grad_scale: float,
 ) -> None:
-    """In place. grad has param's dtype; exp_avg, exp_avg_sq and master are stats (float32 for bfloat16 param).
-    grad is multiplied by grad_scale first."""
+    """In place, for each (param, grad, exp_avg, exp_avg_sq, master) of states. grad has param's dtype; exp_avg,
+    exp_avg_sq and master are stats (float32 for bfloat16 param). grad is multiplied by grad_scale first."""
+
+def square_sum(x: Array, out: Array) -> None:
+    """out [1] float64 = sum of x^2, in the same bits for any thread count."""
 
 # ---- roofline: loops that do nothing but multiply, read or copy; the caller holds the watch. One task per element
 # of sink.

@@ -6,22 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pykern.ops.adamw import adamw_
+from pykern.ops.adamw import adamw_all_, square_sums
 
-ROW = 4096  # elements: below what torch shares between threads
 MOMENTS = ("exp_avg", "exp_avg_sq", "master")
-
-
-def fixed_norm(x: Tensor) -> Tensor:
-    """The Euclidean norm of x in the same bits for any thread count: torch splits one long sum, but not a short row."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x = x.flatten()
-    while x.numel() > ROW:
-        whole = x.numel() // ROW * ROW
-        rows = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1, dtype=dtype)
-        tail = torch.linalg.vector_norm(x[whole:], dtype=dtype)
-        x = torch.cat((rows, tail[None]))
-    return torch.linalg.vector_norm(x, dtype=dtype)
 
 
 def local(x: Any) -> Any:
@@ -30,15 +17,18 @@ def local(x: Any) -> Any:
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, shards of other processes included, on the first one's device."""
+    """The Euclidean norm of all gradients together, shards of other processes included, on the first one's device.
+
+    float32, or float64 where a gradient is; in the same bits for any number of threads.
+    """
     grads: list[Any] = [p.grad for p in parameters if p.grad is not None]
-    norms = [fixed_norm(local(grad)) for grad in grads]
-    norm = fixed_norm(torch.stack([n.to(norms[0]) for n in norms])) if norms else torch.zeros(())
+    if not grads:
+        return torch.zeros(())
+    square = square_sums([local(grad) for grad in grads]).sum()
     if any(hasattr(grad, "device_mesh") for grad in grads):
-        square = norm.square()
         torch.distributed.all_reduce(square, group=grads[0].device_mesh.get_group())
-        return square.sqrt()
-    return norm
+    wide = any(grad.dtype == torch.float64 for grad in grads)
+    return square.sqrt().to(torch.float64 if wide else torch.float32)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -107,20 +97,23 @@ class AdamW(torch.optim.Optimizer):
             grad_scale = min(1.0, self.max_norm / (float(self.grad_norm) + 1e-6))
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
+            states: dict[int, list[tuple]] = {}  # by step
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.prepare(p)
                 state["step"] = int(state["step"]) + 1
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
-                adamw_(
-                    *map(local, tensors),
+                states.setdefault(state["step"], []).append(tuple(map(local, tensors)))
+            for step, together in states.items():
+                adamw_all_(
+                    together,
                     lr=float(group["lr"]),
                     beta1=beta1,
                     beta2=beta2,
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
-                    step=state["step"],
+                    step=step,
                     grad_scale=grad_scale,
                 )
         return loss

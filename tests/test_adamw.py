@@ -189,7 +189,7 @@ def test_numpy_arrays_and_a_step_in_place():
     param, grad, exp_avg = (rng.standard_normal((6, 7)) for _ in range(3))
     exp_avg_sq = exp_avg**2
     tensors = [torch.from_numpy(a.copy()) for a in (param, grad, exp_avg, exp_avg_sq)]
-    _C.adamw(param, grad, exp_avg, exp_avg_sq, None, **OPTIONS, step=1, grad_scale=1.0)
+    _C.adamw([(param, grad, exp_avg, exp_avg_sq, None)], **OPTIONS, step=1, grad_scale=1.0)
     adamw_(*tensors, **OPTIONS, step=1)
     for a, b in zip((param, grad, exp_avg, exp_avg_sq), tensors, strict=True):
         assert_bitwise(a, b)
@@ -320,7 +320,7 @@ def test_read_only_array_is_refused():
     param, grad, m, v = (np.ones((2, 3), dtype=np.float32) for _ in range(4))
     param.flags.writeable = False
     with pytest.raises(ValueError, match="adamw: param is read-only"):
-        _C.adamw(param, grad, m, v, None, **OPTIONS, step=1, grad_scale=1.0)
+        _C.adamw([(param, grad, m, v, None)], **OPTIONS, step=1, grad_scale=1.0)
     assert (m == 1).all()
 
 

@@ -1,9 +1,12 @@
 // AdamW in one pass: every number of param, grad and the two moments is read once and written once.
+// And the sum of squares that gradient clipping needs.
 #include "ops/adamw.h"
 
 #include <math.h>
 
 #include "cpu/pieces.h"
+#include "cpu/reduce.h"
+#include "cpu/scratch.h"
 
 PYKERN_BEGIN_ISA
 
@@ -16,16 +19,18 @@ static bool is_contiguous(const Tensor& t) {
   return true;
 }
 
-// Contiguous tensors as one long row: no tail in every row of a narrow matrix.
+// A contiguous tensor as one long row: no tail in every row of a narrow matrix.
+static void flatten(Tensor& t) {
+  t.size[0] = row_count(t) * row_length(t);
+  t.stride[0] = 1;
+  t.rank = 1;
+}
+
 static AdamW flattened(AdamW op) {
   Tensor* const tensors[] = {&op.param, &op.grad, &op.exp_avg, &op.exp_avg_sq, &op.master};
   for (const Tensor* t : tensors)
     if (t->given && !is_contiguous(*t)) return op;
-  for (Tensor* t : tensors) {
-    t->size[0] = row_count(*t) * row_length(*t);
-    t->stride[0] = 1;
-    t->rank = 1;
-  }
+  for (Tensor* t : tensors) flatten(*t);
   return op;
 }
 
@@ -80,6 +85,32 @@ Status adamw(const AdamW& given, int threads) {
       });
     });
   });
+  return Status::ok;
+}
+
+Status square_sum(const SquareSum& op, int threads) {
+  Tensor x = op.x;
+  if (is_contiguous(x)) flatten(x);
+  const int64_t pieces = (row_length(x) + kPiece - 1) / kPiece;  // of a row
+  const int64_t count = pieces * row_count(x);
+  const Scratch memory(count * static_cast<int64_t>(sizeof(double)));
+  if (!memory.ok()) return Status::out_of_memory;
+  double* sums = memory.at<double>();
+  with_type(x.dtype, [&]<class T>(T) {
+    using C = Compute<T>;
+    each_piece(x, threads, [&](int64_t row, int64_t first, int64_t length) {
+      const T* numbers = row_of<T>(x, row) + first;
+      C sum[1];
+      sum_row(length, sum, [&](int64_t i, int n, Vec<C>(&t)[1]) {
+        t[0] = load_n(numbers + i, n);
+        t[0] = t[0] * t[0];
+      });
+      sums[row * pieces + first / kPiece] = static_cast<double>(sum[0]);
+    });
+  });
+  double total = 0.0;
+  for (int64_t i = 0; i < count; ++i) total += sums[i];
+  *static_cast<double*>(op.out.data) = total;
   return Status::ok;
 }
 

@@ -44,4 +44,17 @@ void check(const AdamW& op) {
                ", expected a finite number");
 }
 
+void check(const SquareSum& op) {
+  const Checker c{"square_sum"};
+  const Arg x{"x", op.x}, out{"out", op.out};
+  c.floating(x);
+  c.unit_last(x);
+  c.dtype(out, DType::f64);
+  c.same_device(out, x);
+  PYKERN_CHECK(value, op.out.rank == 1 && op.out.size[0] == 1, "square_sum: out has rank ",
+               op.out.rank, ", expected shape [1]");
+  c.output(out);
+  c.disjoint({out}, {x});
+}
+
 }  // namespace pykern

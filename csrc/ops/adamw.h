@@ -16,6 +16,14 @@ struct AdamW {
   double grad_scale;
 };
 
+// square_sum: out = sum of x^2 over all of x, in pieces of fixed size that are added in order in
+// double. Gradient clipping takes the root of such sums.
+struct SquareSum {
+  Tensor x;    // [...]
+  Tensor out;  // [1] float64
+};
+
 void check(const AdamW& op);
+void check(const SquareSum& op);
 
 }  // namespace pykern

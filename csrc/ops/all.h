@@ -32,6 +32,7 @@
   X(attention_dropout, AttentionDropout) \
   X(attention_with_kvcache, DecodeForward) \
   X(adamw, AdamW) \
+  X(square_sum, SquareSum) \
   X(layer_norm_forward, LayerNormForward) \
   X(layer_norm_backward, LayerNormBackward) \
   X(rms_norm_forward, RmsNormForward) \

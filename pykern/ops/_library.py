@@ -1,13 +1,15 @@
 """How an op is registered with torch: a schema, a kernel per device, a fake, and a rule for autograd.
 
-`define(schema, kernel, fake)` makes torch.ops.pykern.<name>; `differentiable(op, function)` puts an autograd.Function
-in front of it, used only when some input requires grad. The function's forward calls `below_autograd(op, ...)`.
+`define(schema, kernel, fake)` makes torch.ops.pykern.<name> and the Operator that calls it;
+`differentiable(op, function)` puts an autograd.Function in front of it, used only when some input requires grad. The
+function's forward calls `op.below_autograd(...)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
 
@@ -15,20 +17,89 @@ _library = torch.library.Library("pykern", "DEF")
 below_autograd_guard = torch._C._AutoDispatchBelowAutograd
 
 
-def define(schema: str, kernel, fake):
+def is_plain(args: Sequence) -> bool:
+    """Whether torch's dispatcher would do nothing with these arguments but call autograd and then the kernel.
+
+    So it is in eager code, for plain tensors and parameters, while nobody records, traces or transforms.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    for x in args:
+        kind = type(x)
+        if kind is Tensor or kind is Parameter:
+            if not (x.is_cpu or x.is_cuda) or x.is_neg():
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def wants_grad(args: Sequence) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+
+
+class Operator:
+    """Calls torch.ops.pykern.<name>, or, for plain arguments, what that would call in the end.
+
+    The dispatcher takes 10 to 40 us to come back to Python, twice where there is a gradient: as long as a small kernel.
+    The kernel may return None for a tensor that is not wanted, torch.ops then returns an empty one.
+    """
+
+    def __init__(self, name: str, kernel: Callable):
+        self.name, self.kernel = name, kernel
+        self.dispatched = getattr(torch.ops.pykern, name).default
+        self.function: type[torch.autograd.Function] | None = None  # what records it for autograd
+
+    def __call__(self, *args):
+        if not is_plain(args):
+            return self.dispatched(*args)
+        if self.function is not None and wants_grad(args):
+            return self.function.apply(*args)
+        return self.kernel(*args)
+
+    def below_autograd(self, *args):
+        """Calls the kernel without recording it."""
+        if is_plain(args):
+            return self.kernel(*args)
+        with below_autograd_guard():
+            return self.dispatched(*args)
+
+
+def _without_none(results, args: Sequence):
+    """The results of an op as torch.ops returns them: an empty tensor for None."""
+    if not isinstance(results, tuple) or all(x is not None for x in results):
+        return results
+    like = next(x for x in args if isinstance(x, Tensor))
+    return tuple(like.new_empty(0) if x is None else x for x in results)
+
+
+operators: dict[str, Operator] = {}
+
+
+def given(*tensors: Tensor | None) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+def define(schema: str, kernel: Callable, fake: Callable) -> Operator:
     """Registers an operator for CPU and CUDA (the kernel dispatches on the tensor's device) and returns it."""
     name = schema.split("(")[0]
+
+    def without_none(*args, **options):
+        return _without_none(kernel(*args, **options), args)
+
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for device in ("CPU", "CUDA"):
-        _library.impl(name, kernel, device)
+        _library.impl(name, without_none, device)
     torch.library.register_fake(f"pykern::{name}", fake, lib=_library)
-    return getattr(torch.ops.pykern, name).default
-
-
-def below_autograd(op, *args):
-    """Calls the op's kernel without recording it."""
-    with below_autograd_guard():
-        return op(*args)
+    operators[name] = Operator(name, kernel)
+    return operators[name]
 
 
 def _differentiable_once(refusal: str, backward):
@@ -47,47 +118,25 @@ def _differentiable_once(refusal: str, backward):
 
 
 def differentiable(
-    op, function: type[torch.autograd.Function], *, twice: bool = False, refusal: str | None = None
+    op: Operator, function: type[torch.autograd.Function], *, twice: bool = False, refusal: str | None = None
 ) -> None:
     """Routes calls that need a gradient through function.apply, all others straight to the kernel.
 
     Results of function.backward are not differentiable, a RuntimeError with the words of refusal says so; unless twice:
     what it calls is.
     """
-    name = op.name().split(".")[0]
     if not twice:
-        refusal = refusal or f"{name} has no second derivative"
+        refusal = refusal or f"pykern::{op.name} has no second derivative"
         function.backward = _differentiable_once(refusal, function.backward)  # type: ignore[method-assign]
+    op.function = function
 
     def with_autograd(*args):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return function.apply(*args)
+        if wants_grad(args):
+            return _without_none(function.apply(*args), args)
         with below_autograd_guard():
-            return op(*args)
+            return op.dispatched(*args)
 
-    _library.impl(name.split("::")[1], with_autograd, "Autograd")
-
-
-def passes_dispatcher(*tensors: Tensor | None) -> bool:
-    """Whether torch would do nothing but call the kernel: plain tensors, and nobody who records, traces or transforms.
-
-    A kernel that is then called by itself saves the dispatcher's 10 us, as much as a small call takes.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor or (grad and tensor.requires_grad) or tensor.is_neg():
-            return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack()
-        or torch._C._get_tracing_state()
-        or torch.autograd._profiler_enabled()
-    )
+    _library.impl(op.name, with_autograd, "Autograd")
 
 
 def require_tensors(op: str, **tensors: Tensor) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
 
 
 def _forward(x, kind):
@@ -33,7 +33,7 @@ class _Activation(torch.autograd.Function):
     def forward(ctx, x, kind):
         ctx.save_for_backward(x)
         ctx.kind = kind
-        return below_autograd(_activation, x, kind)
+        return _activation.below_autograd(x, kind)
 
     @staticmethod
     def backward(ctx, dout):
@@ -70,7 +70,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return below_autograd(_swiglu, gate, up)
+        return _swiglu.below_autograd(gate, up)
 
     @staticmethod
     def backward(ctx, dout):

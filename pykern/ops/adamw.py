@@ -1,9 +1,21 @@
-"""One step of AdamW on torch tensors, in place."""
+"""One step of AdamW on torch tensors, in place, and the sums of squares from which gradient clipping takes a norm."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, _library, below_autograd_guard, define, optional_tensors, require_tensors, unit_last
+from pykern.ops._library import (
+    _C,
+    _library,
+    below_autograd_guard,
+    define,
+    is_plain,
+    optional_tensors,
+    require_tensors,
+    unit_last,
+    wants_grad,
+)
 
 
 def _smallest_stride_last(param, *others):
@@ -14,11 +26,15 @@ def _smallest_stride_last(param, *others):
     return param.permute(order), *(t if t is None else t.permute(order) for t in others)
 
 
-def _step(param, grad, exp_avg, exp_avg_sq, master, **options):
-    written = [t for t in (param, exp_avg, exp_avg_sq, master) if t is not None and not t.is_inference()]
-    p, g, m, v, w = _smallest_stride_last(param, grad, exp_avg, exp_avg_sq, master)
-    _C.adamw(p, unit_last(g), m, v, w, **options)
+def _steps(states, **options):
+    written = [t for p, _, *stats in states for t in (p, *stats) if t is not None and not t.is_inference()]
+    ordered = [_smallest_stride_last(*state) for state in states]
+    _C.adamw([(p, unit_last(g), *stats) for p, g, *stats in ordered], **options)
     torch.autograd.graph.increment_version(written)
+
+
+def _step(*state, **options):
+    _steps([state], **options)
 
 
 _adamw = define(
@@ -33,7 +49,7 @@ def _not_differentiable(*tensors, **options):
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
         raise RuntimeError("adamw: not differentiable; call it under torch.no_grad()")
     with below_autograd_guard():
-        _adamw(*tensors, **options)
+        _adamw.dispatched(*tensors, **options)
 
 
 _library.impl("adamw_", _not_differentiable, "Autograd")
@@ -66,7 +82,7 @@ def adamw_(
     """
     require_tensors("adamw", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     optional_tensors("adamw", master=master)
-    _adamw(
+    _adamw.dispatched(
         param,
         grad,
         exp_avg,
@@ -80,3 +96,21 @@ def adamw_(
         step=step,
         grad_scale=grad_scale,
     )
+
+
+def adamw_all_(states: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]], **options) -> None:
+    """adamw_ for each (param, grad, exp_avg, exp_avg_sq, master) of states, in one call where nobody records it."""
+    tensors = [t for state in states for t in state]
+    if is_plain(tensors) and not wants_grad(tensors):
+        _steps(states, **options)
+    else:
+        for state in states:
+            _adamw.dispatched(*state, **options)
+
+
+def square_sums(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of each tensor, float64 [n], in the same bits for any thread count."""
+    sums = torch.empty(len(tensors), dtype=torch.float64, device=tensors[0].device if tensors else None)
+    for x, out in zip(tensors, sums.split(1), strict=True):
+        _C.square_sum(unit_last(x), out)
+    return sums

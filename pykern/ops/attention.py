@@ -1,5 +1,6 @@
 """Fused masked-softmax attention on torch tensors, differentiable in q, k, v, bias, sinks and through lse."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,13 +9,13 @@ from torch import Tensor
 from pykern.ops._library import (
     _C,
     autocast,
-    below_autograd,
     define,
     differentiable,
+    is_plain,
     optional_tensors,
-    passes_dispatcher,
     require_tensors,
     unit_last,
+    wants_grad,
 )
 from pykern.ops.attention_formula import BIAS, LEFT, MASK, OPTIONS, SINKS
 from pykern.ops.attention_second import AttentionBackward
@@ -78,8 +79,8 @@ def _gradients(q, k, v, bias, sinks, want_bias, want_sinks):
         torch.empty_like(q),
         torch.empty_like(k),
         torch.empty_like(v),
-        torch.empty_like(bias, memory_format=torch.contiguous_format) if want_bias else q.new_empty(0),
-        torch.empty_like(sinks, memory_format=torch.contiguous_format) if want_sinks else q.new_empty(0),
+        torch.empty_like(bias, memory_format=torch.contiguous_format) if want_bias else None,
+        torch.empty_like(sinks, memory_format=torch.contiguous_format) if want_sinks else None,
     )
 
 
@@ -88,12 +89,15 @@ def _backward(q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options):
     dq, dk, dv, dbias, dsinks = _gradients(q, k, v, options[BIAS], options[SINKS], want_bias, want_sinks)
     _C.attention_backward(
         *(q, k, v, expanded(options[MASK], q, k), expanded(options[BIAS], q, k)),
-        *(out, lse, dout, dlse, dq, dk, dv),
-        dbias if want_bias else None,
-        dsinks if want_sinks else None,
+        *(out, lse, dout, dlse, dq, dk, dv, dbias, dsinks),
         **kernel_options(options),
     )
     return dq, dk, dv, dbias, dsinks
+
+
+def _backward_fake(q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options):
+    tensors = unit_last(q), unit_last(k), unit_last(v), options[BIAS], options[SINKS]
+    return tuple(q.new_empty(0) if g is None else g for g in _gradients(*tensors, want_bias, want_sinks))
 
 
 _attention = define(
@@ -105,16 +109,14 @@ _attention_backward = define(
     "attention_backward(Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor dout, Tensor? dlse, "
     f"bool want_bias, bool want_sinks, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
-    lambda q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options: _gradients(
-        *(unit_last(q), unit_last(k), unit_last(v), options[BIAS], options[SINKS], want_bias, want_sinks)
-    ),
+    _backward_fake,
 )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *options):
-        out, lse = below_autograd(_attention, q, k, v, *options)
+        out, lse = _attention.below_autograd(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse, *options[:LEFT])
         ctx.numbers = options[LEFT:]
         ctx.set_materialize_grads(False)
@@ -133,7 +135,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the results are differentiable in turn
             dq, dk, dv, dbias, dsinks = _attention_backward(*arguments)
         else:
-            dq, dk, dv, dbias, dsinks = below_autograd(_attention_backward, *arguments)
+            dq, dk, dv, dbias, dsinks = _attention_backward.below_autograd(*arguments)
         return (
             *(dq, dk, dv, None, dbias if want_bias else None),
             *(None, dsinks if want_sinks else None, *nothing[2:]),
@@ -265,9 +267,10 @@ def attention(
     mask, bias = rank4("attention", "mask", mask, q, k), rank4("attention", "bias", bias, q, k)
     q, k, v, bias, sinks = autocast("attention", q, k, v, bias, sinks)
     seed = None if dropout_p == 0.0 else _seed(seed, dropout_p, q.device)
-    run = _attention
-    if passes_dispatcher(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k):
-        run = _forward if return_lse else _without_lse
+    run: Callable = _attention
+    tensors = (q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    if not return_lse and not wants_grad(tensors) and is_plain(tensors):
+        run = _without_lse
     out, lse = run(
         *(q, k, v, mask, bias, slopes, sinks, cu_seqlens_q, cu_seqlens_k, seed),
         *window_limits("attention", window, causal),

@@ -19,7 +19,7 @@ from which follow those by q, k, v, dout, dlse, bias and sinks, at the end of _a
 import torch
 from torch import Tensor
 
-from pykern.ops._library import below_autograd, define
+from pykern.ops._library import define, operators
 from pykern.ops.attention_dropout import factors
 from pykern.ops.attention_formula import (
     BIAS,
@@ -122,8 +122,8 @@ class AttentionBackward(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, dout, dlse, *options[:LEFT])
         ctx.wants = want_bias, want_sinks
         ctx.numbers = options[LEFT:]
-        op = torch.ops.pykern.attention_backward.default
-        return below_autograd(op, q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options)
+        op = operators["attention_backward"]
+        return op.below_autograd(q, k, v, out, lse, dout, dlse, want_bias, want_sinks, *options)
 
     @staticmethod
     def backward(ctx, cq, ck, cv, cbias, csinks):

@@ -13,7 +13,6 @@ from torch import Tensor
 from pykern.ops._library import (
     _C,
     autocast,
-    below_autograd,
     define,
     differentiable,
     optional_tensors,
@@ -82,7 +81,7 @@ _attention_weights_backward = define(
 class _AttentionWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, lse, rows, *options):
-        weights = below_autograd(_attention_weights, q, k, lse, rows, *options)
+        weights = _attention_weights.below_autograd(q, k, lse, rows, *options)
         ctx.save_for_backward(q, k, lse, rows, weights, *options[:LEFT])
         ctx.numbers = options[LEFT:]
         return weights

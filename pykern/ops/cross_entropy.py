@@ -5,7 +5,6 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    below_autograd,
     define,
     differentiable,
     empty_packed,
@@ -80,7 +79,7 @@ _cross_entropy_backward = define(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, *options):
-        loss, lse = below_autograd(_cross_entropy, logits, target, *options)
+        loss, lse = _cross_entropy.below_autograd(logits, target, *options)
         ctx.save_for_backward(logits, target, lse)
         ctx.mark_non_differentiable(lse)
         ctx.options = options

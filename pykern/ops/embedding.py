@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
 
 
 def _empty(weight, ids):
@@ -37,7 +37,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx, weight, ids):
         ctx.save_for_backward(ids)
         ctx.rows = weight.shape[0]
-        return below_autograd(_embedding, weight, ids)
+        return _embedding.below_autograd(weight, ids)
 
     @staticmethod
     def backward(ctx, dout):

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    below_autograd,
     define,
     differentiable,
     empty_packed,
+    given,
     mixed_autocast,
     optional_tensors,
     require_tensors,
@@ -31,7 +31,7 @@ def _matching_rows(x: Tensor, like: Tensor) -> Tensor:
 def _forward(x, weight, bias, residual, activation, keep_pre):
     shape = (*x.shape[:-1], weight.shape[0])
     out = empty_packed(x, shape, None if residual is None else residual.dtype)
-    pre = empty_packed(x, shape) if keep_pre else x.new_empty(0)
+    pre = empty_packed(x, shape) if keep_pre else None
     rows = _rows(x)
     _C.linear_forward(
         rows,
@@ -39,7 +39,7 @@ def _forward(x, weight, bias, residual, activation, keep_pre):
         None if bias is None else unit_last(bias),
         None if residual is None else _matching_rows(residual, x),
         out.view(*rows.shape[:-1], out.shape[-1]),
-        pre.view(*rows.shape[:-1], out.shape[-1]) if keep_pre else None,
+        None if pre is None else pre.view(*rows.shape[:-1], out.shape[-1]),
         activation=activation,
     )
     return out, pre
@@ -66,12 +66,7 @@ def _backward(x, weight, bias, pre, dout, activation, wanted):
         dbias,
         activation=activation,
     )
-    missing = [x.new_empty(0) for _ in range(3)]
-    return (
-        missing[0] if dx is None else dx.view(x.shape),
-        missing[1] if dweight is None else dweight,
-        missing[2] if dbias is None else dbias,
-    )
+    return None if dx is None else dx.view(x.shape), dweight, dbias
 
 
 def _backward_fake(x, weight, bias, pre, dout, activation, wanted):
@@ -100,11 +95,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, activation, keep_pre):
         keep_pre = activation != "none"
-        out, pre = below_autograd(_linear, x, weight, bias, residual, activation, keep_pre)
+        out, pre = _linear.below_autograd(x, weight, bias, residual, activation, keep_pre)
         ctx.save_for_backward(x, weight, bias, pre if keep_pre else None)
         ctx.activation = activation
         ctx.set_materialize_grads(False)  # of up, gate and pre: nobody asks for them
-        ctx.mark_non_differentiable(pre)
+        ctx.mark_non_differentiable(*given(pre))
         return out, pre
 
     @staticmethod

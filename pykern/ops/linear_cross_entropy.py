@@ -7,15 +7,15 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    below_autograd,
     define,
     differentiable,
     empty_packed,
+    is_plain,
     mixed_autocast,
     optional_tensors,
-    passes_dispatcher,
     require_tensors,
     unit_last,
+    wants_grad,
 )
 from pykern.ops.cross_entropy import check_reduction, reduced, row_gradients, stat_dtype
 
@@ -52,18 +52,13 @@ def _new_gradients(x, weight, bias, wanted):
     )
 
 
-def _or_empty(x, grads):
-    """Operators return tensors only: one that is not wanted is empty."""
-    return tuple(x.new_empty(0) if g is None else g for g in grads)
-
-
 def _forward(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, wanted):
     loss = x.new_empty(target.shape, dtype=stat_dtype(x))
     grads, dloss = _new_gradients(x, weight, bias, wanted), None
     if any(wanted):
         dloss = row_gradients(loss.new_ones(()), target, ignore_index, reduction)
     _run(x, weight, bias, target, loss.view(-1), dloss, grads, ignore_index, label_smoothing, z_loss)
-    return reduced(loss, target, ignore_index, reduction), *_or_empty(x, grads)
+    return reduced(loss, target, ignore_index, reduction), *grads
 
 
 def _forward_fake(x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, wanted):
@@ -75,11 +70,12 @@ def _backward(x, weight, bias, target, dout, ignore_index, label_smoothing, z_lo
     grads = _new_gradients(x, weight, bias, wanted)
     dloss = row_gradients(dout, target, ignore_index, reduction)
     _run(x, weight, bias, target, None, dloss, grads, ignore_index, label_smoothing, z_loss)
-    return _or_empty(x, grads)
+    return grads
 
 
 def _backward_fake(x, weight, bias, target, dout, ignore_index, label_smoothing, z_loss, reduction, wanted):
-    return _or_empty(x, (torch.empty_like(t) if w else None for t, w in zip((x, weight, bias), wanted, strict=True)))
+    tensors = zip((x, weight, bias), wanted, strict=True)
+    return tuple(torch.empty_like(t) if w else x.new_empty(0) for t, w in tensors)
 
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, str reduction, bool[3] wanted"
@@ -99,7 +95,7 @@ _head_backward = define(
 
 def _times(grads, dout):
     """grads dout; as they are for the usual dout of 1."""
-    eager = type(dout) is Tensor and dout.device.type == "cpu" and passes_dispatcher(dout)
+    eager = type(dout) is Tensor and dout.is_cpu and not wants_grad((dout,)) and is_plain((dout,))
     if eager and dout.item() == 1.0:
         return grads
     return [None if g is None else g * dout for g in grads]
@@ -116,14 +112,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         options = (ignore_index, label_smoothing, z_loss, reduction)
         early = reduction != "none" and x.dtype != torch.float16
-        loss, *grads = below_autograd(
-            _head, x, weight, bias, target, *options, wanted if early else [False, False, False]
+        loss, *grads = _head.below_autograd(
+            x, weight, bias, target, *options, wanted if early else [False, False, False]
         )
         ctx.save_for_backward(x, weight, bias, target)
         ctx.grads = [g if w else None for g, w in zip(grads, wanted, strict=True)] if early else None
         ctx.options = options
-        ctx.mark_non_differentiable(*grads)
-        return loss, *(x.new_empty(0) for _ in grads)
+        return loss, None, None, None
 
     @staticmethod
     def backward(ctx, dout, *_):

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
-    below_autograd,
     define,
     differentiable,
     empty_packed,
+    given,
     mixed_autocast,
     optional_tensors,
     require_tensors,
@@ -28,44 +28,40 @@ def _like_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.view(*rows.shape[:-1], tensor.shape[-1])
 
 
-def _outputs(empty, x, up_weight, gate_weight, down_weight, residual, keep):
-    """Memory for out, up and gate; nothing for those not kept. empty(like, shape) makes a tensor."""
-    out = empty(x if residual is None else residual, (*x.shape[:-1], down_weight.shape[0]))
-    hidden = (*x.shape[:-1], up_weight.shape[0])
-    return out, empty(x, hidden if keep else (0,)), empty(x, hidden if keep and gate_weight is not None else (0,))
-
-
-def _gradients(empty, inputs, wanted):
-    """Memory for the gradient of each input that is wanted; nothing for the others."""
-    return tuple(empty(t, t.shape) if w else inputs[0].new_empty(0) for t, w in zip(inputs, wanted, strict=True))
-
-
 def _forward(x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual, activation, keep):
-    out, up, gate = _outputs(empty_packed, x, up_weight, gate_weight, down_weight, residual, keep)
+    out = empty_packed(x if residual is None else residual, (*x.shape[:-1], down_weight.shape[0]))
+    hidden = (*x.shape[:-1], up_weight.shape[0])
+    up = empty_packed(x, hidden) if keep else None
+    gate = empty_packed(x, hidden) if keep and gate_weight is not None else None
     rows = _rows(x)
     _C.mlp_forward(
         rows,
         *(_packed(t) for t in (up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)),
         None if residual is None else _matching_rows(residual, x),
         _like_rows(out, rows),
-        _like_rows(up, rows) if keep else None,
-        _like_rows(gate, rows) if keep and gate_weight is not None else None,
+        _like_rows(up, rows),
+        _like_rows(gate, rows),
         activation=activation,
     )
     return out, up, gate
 
 
 def _forward_fake(x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual, activation, keep):
-    return _outputs(Tensor.new_empty, x, up_weight, gate_weight, down_weight, residual, keep)
+    hidden = (*x.shape[:-1], up_weight.shape[0])
+    return (
+        (x if residual is None else residual).new_empty((*x.shape[:-1], down_weight.shape[0])),
+        x.new_empty(hidden if keep else 0),
+        x.new_empty(hidden if keep and gate_weight is not None else 0),
+    )
 
 
 def _backward(
     x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, up, gate, dout, activation, wanted
 ):
     inputs = (x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    gradients = _gradients(empty_packed, inputs, wanted)
+    gradients = tuple(empty_packed(t) if w else None for t, w in zip(inputs, wanted, strict=True))
     rows = _rows(x)
-    dx, *rest = (gradient if w else None for gradient, w in zip(gradients, wanted, strict=True))
+    dx, *rest = gradients
     _C.mlp_backward(
         rows,
         *(_packed(t) for t in (up_weight, gate_weight, down_weight)),
@@ -83,7 +79,7 @@ def _backward_fake(
     x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, up, gate, dout, activation, wanted
 ):
     inputs = (x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias)
-    return _gradients(Tensor.new_empty, inputs, wanted)
+    return tuple(x.new_empty(t.shape if w else 0) for t, w in zip(inputs, wanted, strict=True))
 
 
 _INPUTS = (
@@ -107,11 +103,11 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         *inputs, residual, activation, _ = args
-        out, up, gate = below_autograd(_mlp, *inputs, residual, activation, True)
+        out, up, gate = _mlp.below_autograd(*inputs, residual, activation, True)
         ctx.save_for_backward(*inputs, up, None if inputs[3] is None else gate)
         ctx.activation = activation
         ctx.set_materialize_grads(False)  # of up, gate and pre: nobody asks for them
-        ctx.mark_non_differentiable(up, gate)
+        ctx.mark_non_differentiable(*given(up, gate))
         return out, up, gate
 
     @staticmethod

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
-
-# Operators return tensors only: one that is not wanted is empty.
+from pykern.ops._library import _C, define, differentiable, given, require_tensors, unit_last
 
 
 def _like(x):
@@ -35,8 +33,9 @@ def _empty_layer_norm(x, weight, bias, residual, eps, half):
 
 def _layer_norm_forward(x, weight, bias, residual, eps, half):
     x, weight, bias, residual = _unit_last(x, weight, bias, residual)
-    out, total, mean, rstd = _empty_layer_norm(x, weight, bias, residual, eps, half)
-    _C.layer_norm_forward(x, weight, bias, residual, out, None if residual is None else total, mean, rstd, eps=eps)
+    out, mean, rstd = _normed(x, half), _stat(x), _stat(x)
+    total = None if residual is None else _like(x)
+    _C.layer_norm_forward(x, weight, bias, residual, out, total, mean, rstd, eps=eps)
     return out, total, mean, rstd
 
 
@@ -73,9 +72,9 @@ _layer_norm_grads = define(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, eps, half):
-        out, total, mean, rstd = below_autograd(_layer_norm, x, weight, bias, residual, eps, half)
+        out, total, mean, rstd = _layer_norm.below_autograd(x, weight, bias, residual, eps, half)
         ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd, *([total] if residual is None else []))
+        ctx.mark_non_differentiable(*given(mean, rstd, total if residual is None else None))
         ctx.set_materialize_grads(False)
         return out, total, mean, rstd
 
@@ -106,8 +105,9 @@ def _empty_rms_norm(x, weight, residual, eps, half):
 
 def _rms_norm_forward(x, weight, residual, eps, half):
     x, weight, residual = _unit_last(x, weight, residual)
-    out, total, rstd = _empty_rms_norm(x, weight, residual, eps, half)
-    _C.rms_norm_forward(x, weight, residual, out, None if residual is None else total, rstd, eps=eps)
+    out, rstd = _normed(x, half), _stat(x)
+    total = None if residual is None else _like(x)
+    _C.rms_norm_forward(x, weight, residual, out, total, rstd, eps=eps)
     return out, total, rstd
 
 
@@ -138,9 +138,9 @@ _rms_norm_grads = define(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, residual, eps, half):
-        out, total, rstd = below_autograd(_rms_norm, x, weight, residual, eps, half)
+        out, total, rstd = _rms_norm.below_autograd(x, weight, residual, eps, half)
         ctx.save_for_backward(x if residual is None else total, weight, rstd)
-        ctx.mark_non_differentiable(rstd, *([total] if residual is None else []))
+        ctx.mark_non_differentiable(*given(rstd, total if residual is None else None))
         ctx.set_materialize_grads(False)
         return out, total, rstd
 

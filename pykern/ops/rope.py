@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
 
 
 def _like(x, *_):
@@ -31,7 +31,7 @@ class _Rope(torch.autograd.Function):
             raise RuntimeError("rope: cos and sin get no gradient; call detach() on them")
         ctx.save_for_backward(cos, sin, positions)
         ctx.turn = interleaved, inverse
-        return below_autograd(_rope, x, cos, sin, positions, interleaved, inverse)
+        return _rope.below_autograd(x, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
     def backward(ctx, dout):

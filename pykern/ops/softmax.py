@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, below_autograd, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
 
 
 def _like(x, *_):
@@ -37,7 +37,7 @@ _softmax_grad = define("softmax_backward(Tensor out, Tensor dout) -> Tensor", _b
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mask):
-        out = below_autograd(_softmax, x, mask)
+        out = _softmax.below_autograd(x, mask)
         ctx.save_for_backward(out)
         return out
 

@@ -77,5 +77,5 @@ class AdamW(Optimizer):
 
     def step(self) -> None:
         self.steps += 1
-        for parameter, m, v in zip(self.parameters, self.m, self.v, strict=True):
-            _C.adamw(parameter.value, parameter.grad, m, v, None, lr=self.lr, step=self.steps, **self.options)
+        states = [(p.value, p.grad, m, v, None) for p, m, v in zip(self.parameters, self.m, self.v, strict=True)]
+        _C.adamw(states, lr=self.lr, step=self.steps, **self.options)
