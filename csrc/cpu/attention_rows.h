@@ -69,15 +69,15 @@ template <class T>
   transpose_parts(to);
 }
 
-// Scores of n rows before they are scaled, against a whole tile whose keys lie in rows: keys are
-// turned in the registers. The sums are those of multiply_tile, bit for bit.
+// Scores of n rows before they are scaled, against `count` keys that lie in rows, a multiple of
+// kTileColumns: keys are turned in the registers. The sums are those of multiply_tile, bit for bit.
 template <class T, int n>
-static void multiply_keys(const T* keys, int64_t row, int64_t width, const Compute<T>* q,
-                          Compute<T>* s) {
+static void multiply_keys(const T* keys, int64_t row, int64_t count, int64_t width,
+                          const Compute<T>* q, Compute<T>* s) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int NV = kTileVectors, part = kPart<C>, line = 64 / sizeof(T) / kUnit<T>;
-  for (int first = 0; first < kKeys; first += NV * V::lanes) {
+  for (int64_t first = 0; first < count; first += NV * V::lanes) {
     const T* p = keys + first * row;
     V sum[n][NV] = {}, run[n][NV] = {};
     for (int64_t u = 0; u < width; u += part, p += part * kUnit<T>) {
@@ -158,17 +158,19 @@ static void add_tile(const Group<T>& x, int64_t r0, const TileOf<T>& tile, uint6
   constexpr int W = kTileColumns<T>, R = kTileRows;
   constexpr int p_row = kKeys / kUnit<T>;  // units of a row of weights
   const int64_t keys = tile.keys, count = units<T>(keys), E_padded = memory.E_padded;
-  if (keys == kKeys && x.D % (kPart<C> * kUnit<T>) == 0) {
-    multiply_keys<T, n>(tile.k.data, tile.k.row, units<T>(x.D), memory.q, memory.s);
-  } else {
-    pack_keys<T>(memory.keys, tile.k.data, tile.k.row, keys, x.D);
-    for (int c = 0; c < kKeys; c += W) {
-      V acc[n][kTileVectors] = {};
-      multiply_tile<T, n, kTileVectors>(units<T>(x.D), memory.q, 1, R, memory.keys + c, kKeys, acc);
-      for (int i = 0; i < n; ++i)
-        for (int j = 0; j < kTileVectors; ++j)
-          store(memory.s + i * kKeys + c + j * V::lanes, acc[i][j]);
-    }
+  const int64_t turned = x.D % (kPart<C> * kUnit<T>) == 0 ? keys / W * W : 0;
+  multiply_keys<T, n>(tile.k.data, tile.k.row, turned, units<T>(x.D), memory.q, memory.s);
+  for (int64_t c = turned; c < keys; c += W) {
+    const int64_t left = keys - c;
+    pack<T>(memory.keys, W, {tile.k.data + c * tile.k.row, tile.k.row, 1},
+            left < W ? static_cast<int>(left) : W, left, x.D);
+    V acc[n][kTileVectors] = {};
+    multiply_tile<T, n, kTileVectors>(units<T>(x.D), memory.q, 1, R, memory.keys, W, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < kTileVectors; ++j)
+        store(memory.s + i * kKeys + c + j * V::lanes, acc[i][j]);
   }
   C rescale[n];
   uint64_t all = low_bits(keys);
@@ -189,6 +191,7 @@ static void add_tile(const Group<T>& x, int64_t r0, const TileOf<T>& tile, uint6
       e += columns;
     };
     while (e + NV * V::lanes <= x.E) add(Rows<NV>{});
+    if (NV > 2 * kTileVectors && e + 2 * W <= x.E) add(Rows<2 * kTileVectors>{});
     while (e < x.E) add(Rows<kTileVectors>{});
     return;
   }

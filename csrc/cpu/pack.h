@@ -154,7 +154,7 @@ static void pack(Compute<T>* out, int width, Lanes<S> from, int valid, int64_t a
               first + i < valid
                   ? load_units<T, S>(from.data + (first + i) * from.lane + u * kUnit<T>, left)
                   : V::zero();
-        transpose(square);
+        if (first < valid) transpose(square);
         const int rows = count - u < L ? static_cast<int>(count - u) : L;
         if (first + L <= width || first == 0) {  // surplus lanes: the next unit overwrites them
           for (int i = 0; i < rows; ++i) store(out + (u + i) * width + first, square[i]);

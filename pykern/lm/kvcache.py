@@ -82,9 +82,14 @@ class KVCache:
     def free_pages(self) -> int:
         return len(self._free)
 
-    def _needed(self, text: int, n: int) -> int:
-        """Pages that the text lacks for n more tokens, a copy of a shared last page included."""
-        length = int(self.lengths[text])
+    def _chosen(self, texts: list[int] | None) -> tuple[list[int], list[int]]:
+        """The texts, all when None, and their lengths."""
+        if texts is None:
+            return list(range(self.batch)), self.lengths.tolist()
+        return texts, self.lengths[texts].tolist()
+
+    def _needed(self, text: int, length: int, n: int) -> int:
+        """Pages that a text of this length lacks for n more tokens, a copy of a shared last page included."""
         if length + n > self.capacity:
             raise ValueError(f"KVCache: full: {n} more tokens after {length} exceed its capacity of {self.capacity}")
         pages = self._pages[text]
@@ -94,8 +99,8 @@ class KVCache:
 
     def require(self, n: int, texts: list[int] | None = None) -> None:
         """ValueError unless n more tokens fit into each of the texts (all, when None); takes nothing."""
-        chosen = range(self.batch) if texts is None else texts
-        needed = sum(self._needed(text, n) for text in chosen)
+        chosen, lengths = self._chosen(texts)
+        needed = sum(self._needed(text, length, n) for text, length in zip(chosen, lengths, strict=True))
         if needed > len(self._free):
             raise ValueError(
                 f"KVCache: full: {n} more tokens in {len(chosen)} texts need {needed} pages of {self.page}, "
@@ -105,9 +110,8 @@ class KVCache:
     def reserve(self, n: int, texts: list[int] | None = None) -> None:
         """Gives each of the texts the pages that n more tokens need, its own ones; or ValueError, and takes nothing."""
         self.require(n, texts)
-        for text in range(self.batch) if texts is None else texts:
-            length, pages = int(self.lengths[text]), self._pages[text]
-            at = length // self.page
+        for text, length in zip(*self._chosen(texts), strict=True):
+            pages, at = self._pages[text], length // self.page
             if n > 0 and at < len(pages) and self._users[pages[at]] > 1:
                 old, new = pages[at], self._take()
                 self._users[old] -= 1
@@ -136,18 +140,19 @@ class KVCache:
 
     def advance(self, n: int, texts: list[int] | None = None) -> None:
         """The n tokens that every layer has stored now count."""
-        for text in range(self.batch) if texts is None else texts:
-            if int(self.lengths[text]) + n > len(self._pages[text]) * self.page:
+        chosen, lengths = self._chosen(texts)
+        for text, length in zip(chosen, lengths, strict=True):
+            if length + n > len(self._pages[text]) * self.page:
                 raise ValueError(f"KVCache: text {text} has no pages for {n} more tokens: reserve() them first")
-            self.lengths[text] += n
+        self.lengths[chosen] += n
 
     def truncate(self, length: int, text: int | None = None) -> None:
         """Forgets all tokens of the text (of all texts, when None) from position `length` on."""
-        texts = range(self.batch) if text is None else (text,)
-        if not 0 <= length <= min(self.capacity, *(int(self.lengths[t]) for t in texts), self.capacity):
-            raise ValueError(f"KVCache: length {length} is outside 0 .. {min(int(self.lengths[t]) for t in texts)}")
+        texts, lengths = self._chosen(None if text is None else [text])
+        if not 0 <= length <= min(lengths):
+            raise ValueError(f"KVCache: length {length} is outside 0 .. {min(lengths)}")
+        self.lengths[texts] = length
         for t in texts:
-            self.lengths[t] = length
             self._release(t, -(-length // self.page))
 
     def reset(self) -> None:

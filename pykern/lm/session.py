@@ -216,8 +216,7 @@ class Session:
         draws[live] = own_draws
         text[:, end : end + steps] = text[:, end - 1 : end]  # texts that have ended repeat their last token
         text[live, end : end + steps] = ids[:, :steps]
-        for i, b in enumerate(texts):
-            ended[b] = int(ids[i, steps - 1]) in stop
+        ended[live] = torch.tensor([token in stop for token in ids[:, steps - 1].tolist()])
         return text[:, end : end + steps]
 
     def continue_greedily(self, token: int, count: int) -> list[int]:
