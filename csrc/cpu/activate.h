@@ -18,15 +18,16 @@ template <class C>
   return x;
 }
 
+// The derivative and, in *value, the activation itself.
 template <class C>
-[[gnu::noinline]] static Vec<C> derivative_any(Activation kind, Vec<C> x) {
+[[gnu::noinline]] static Vec<C> derivative_any(Activation kind, Vec<C> x, Vec<C>* value) {
   switch (kind) {
-    case Activation::none: return Vec<C>::splat(C(1));
-    case Activation::relu: return derivative<Activation::relu>(x);
-    case Activation::gelu: return derivative<Activation::gelu>(x);
-    case Activation::gelu_tanh: return derivative<Activation::gelu_tanh>(x);
-    case Activation::silu: return derivative<Activation::silu>(x);
-    case Activation::sigmoid: return derivative<Activation::sigmoid>(x);
+    case Activation::none: return derivative<Activation::none>(x, value);
+    case Activation::relu: return derivative<Activation::relu>(x, value);
+    case Activation::gelu: return derivative<Activation::gelu>(x, value);
+    case Activation::gelu_tanh: return derivative<Activation::gelu_tanh>(x, value);
+    case Activation::silu: return derivative<Activation::silu>(x, value);
+    case Activation::sigmoid: return derivative<Activation::sigmoid>(x, value);
   }
   return x;
 }

@@ -46,7 +46,9 @@ Status activation_backward(const ActivationBackward& op, int threads) {
         const T* dout = row_of<T>(op.dout, row) + first;
         T* dx = row_of<T>(op.dx, row) + first;
         each_vector<Compute<T>>(length, [&](int64_t i, int n) {
-          store_n(dx + i, load_n(dout + i, n) * derivative<kind.value>(load_n(x + i, n)), n);
+          Vec<Compute<T>> value;
+          const auto slope = derivative<kind.value>(load_n(x + i, n), &value);
+          store_n(dx + i, load_n(dout + i, n) * slope, n);
         });
       });
     });
@@ -78,8 +80,9 @@ Status swiglu_backward(const SwigluBackward& op, int threads) {
       T* dup = row_of<T>(op.dup, row) + first;
       each_vector<Compute<T>>(length, [&](int64_t i, int n) {
         const auto g = load_n(gate + i, n), u = load_n(up + i, n), dy = load_n(dout + i, n);
-        store_n(dgate + i, dy * u * derivative<Activation::silu>(g), n);
-        store_n(dup + i, dy * activate<Activation::silu>(g), n);
+        Vec<Compute<T>> value;
+        store_n(dgate + i, dy * u * derivative<Activation::silu>(g, &value), n);
+        store_n(dup + i, dy * value, n);
       });
     });
   });

@@ -39,8 +39,9 @@ static void activation_gradient(const LinearBackward& op, T* dz, int threads) {
       const int64_t dout_row = row_offset(op.dout, row);
       const T* pre = row_of<T>(op.pre, row);
       each_vector<C>(N, [&](int64_t i, int n) {
-        store_n(dz + row * N + i,
-                dout.load(dout_row + i, n) * derivative_any(op.activation, load_n(pre + i, n)), n);
+        Vec<C> value;
+        const Vec<C> slope = derivative_any(op.activation, load_n(pre + i, n), &value);
+        store_n(dz + row * N + i, dout.load(dout_row + i, n) * slope, n);
       });
     }
   });

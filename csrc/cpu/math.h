@@ -169,35 +169,44 @@ static inline Vec<C> activate(Vec<C> x) {
   return x;
 }
 
-// f'(x)
+// f'(x) and, in *value, f(x), in the bits of activate() where that is not below 1e-37: they share
+// their exponential.
 template <Activation f, class C>
-static inline Vec<C> derivative(Vec<C> x) {
+static inline Vec<C> derivative(Vec<C> x, Vec<C>* value) {
   using V = Vec<C>;
-  const V one = V::splat(C(1)), far = V::splat(C(50));
   // Far out every derivative but relu's is constant; without the bound, infinity times 0 appears.
-  x = select(x > far, far, select(x < -far, -far, x));
-  if constexpr (f == Activation::relu)
+  constexpr C kFar = sizeof(C) == sizeof(float) ? C(88) : C(700);  // exp(kFar) is finite
+  const V one = V::splat(C(1)), far = V::splat(kFar);
+  const V near = select(x > far, far, select(x < -far, -far, x));
+  if constexpr (f == Activation::relu) {
+    *value = activate<f>(x);
     return select(x > V::zero(), one, select(x == x, V::zero(), x));
+  }
   if constexpr (f == Activation::sigmoid) {
-    const V e = exp(-x), s = one / (one + e);
+    const V e = exp(-near), s = one / (one + e);
+    *value = s;
     return s * (e * s);
   }
   if constexpr (f == Activation::silu) {
-    const V e = exp(-x), s = one / (one + e);
-    return s * fma(x, e * s, one);
+    const V e = exp(-near), s = one / (one + e);
+    *value = x * s;
+    return s * fma(near, e * s, one);
   }
   if constexpr (f == Activation::gelu) {
     V density;
-    const V cdf = normal_cdf(x, &density);
-    return fma(x, density, cdf);
+    const V cdf = normal_cdf(near, &density);
+    *value = x * cdf;
+    return fma(near, density, cdf);
   }
   if constexpr (f == Activation::gelu_tanh) {
     const V k = V::splat(C(1.5957691216057308)), c = V::splat(C(0.044715));
-    const V e = exp(min(-(k * x * fma(c * x, x, one)), V::splat(C(80))));
+    const V e = exp(min(-(k * near * fma(c * near, near, one)), far));
     const V s = one / (one + e), rest = e * s;  // 1 - s without cancellation
-    const V du2 = k * fma(V::splat(C(3)) * c * x, x, one);
-    return s * fma(x * rest, du2, one);
+    const V du2 = k * fma(V::splat(C(3)) * c * near, near, one);
+    *value = x * s;
+    return s * fma(near * rest, du2, one);
   }
+  *value = x;
   return one;
 }
 

@@ -91,15 +91,17 @@ static Status backward(const MlpBackward& op, int threads) {
                             const int64_t i = row * H + column;
                             const V up = load_n(row_of<T>(op.up, row) + column, n);
                             if (!gated) {
-                              store_n(h + i, activate_any(op.activation, up), n);
-                              store_n(dup + i, dh * derivative_any(op.activation, up), n);
+                              V value;
+                              store_n(dup + i, dh * derivative_any(op.activation, up, &value), n);
+                              store_n(h + i, value, n);
                               return;
                             }
                             const V gate = load_n(row_of<T>(op.gate, row) + column, n);
-                            const V f = activate_any(op.activation, gate);
+                            V f;
+                            const V df = derivative_any(op.activation, gate, &f);
                             store_n(h + i, f * up, n);
                             store_n(dup + i, dh * f, n);
-                            store_n(dgate + i, dh * up * derivative_any(op.activation, gate), n);
+                            store_n(dgate + i, dh * up * df, n);
                           });
   if (status == Status::ok)
     status = parameter_gradients<T>(M, dout, op.dout.dtype, {h, H, 1}, op.ddown_weight,
