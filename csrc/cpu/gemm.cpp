@@ -91,12 +91,7 @@ struct Cut {
     panels = (N + W - 1) / W;
     strip_size = depth * R + Vec<Compute<T>>::lanes;
     panel_size = depth * W + Vec<Compute<T>>::lanes;  // panels do not share cache sets
-    block = kBlockBytes / (panel_size * size + 1);
-    source = in_place ? Strips::in_place : panels <= block ? Strips::own : Strips::shared;
-    const int64_t share =
-        source == Strips::own ? panels : (panels + 4 * threads - 1) / (4 * threads);
-    block = block < 1 ? 1 : block > share ? share : block;
-    rows = kPackedBytes / (strip_size * size);  // in strips
+    rows = kPackedBytes / (strip_size * size);        // in strips
     if (count > depth) {
       const int64_t most = kPartialBytes / (panels * R * W * size);
       rows = rows < most ? rows : most;
@@ -104,12 +99,15 @@ struct Cut {
     rows = (rows < 16 ? 16 : rows) * R;
     rows = rows < M ? rows : M;
     strips = (rows + R - 1) / R;
+    const int64_t most_row_blocks = (strips + 15) / 16;  // a packed panel serves 16 strips
+    block = kBlockBytes / (panel_size * size + 1);
+    const bool own = panels <= block && most_row_blocks >= threads;
+    source = in_place ? Strips::in_place : own ? Strips::own : Strips::shared;
+    const int64_t share = own && !in_place ? panels : (panels + 4 * threads - 1) / (4 * threads);
+    block = block < 1 ? 1 : block > share ? share : block;
     column_blocks = (panels + block - 1) / block;
-    // More row blocks only where columns are few, and no more than let a packed panel serve 16
-    // strips.
     row_blocks = threads == 1 ? 1 : (4 * threads + column_blocks - 1) / column_blocks;
-    const int64_t most = (strips + 15) / 16;
-    row_blocks = row_blocks > most ? most : row_blocks;
+    row_blocks = row_blocks > most_row_blocks ? most_row_blocks : row_blocks;
   }
 };
 
@@ -232,9 +230,9 @@ static Status multiply_as(int64_t M, int64_t N, int64_t K, AnyMatrix a, AnyMatri
     return blocked<T>(N, M, K, B.transposed(), A.transposed(), true, threads,
                       {Sink::take, &transposing});
   }
-  // Where rows are a multiple of 4 KiB apart, those of a high tile do not fit their one cache set.
-  const bool crowded = kTileRows > 8 && A.row * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
-  return blocked<T>(M, N, K, A, B, in_place(A, K) && !crowded, threads, sink);
+  // Measured: rows of a low tile are best read where they lie, those of a high one packed.
+  constexpr bool low = kTileRows <= 8;
+  return blocked<T>(M, N, K, A, B, low && in_place(A, K), threads, sink);
 }
 
 }  // namespace
