@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
@@ -37,7 +38,7 @@ def is_plain(args: Sequence) -> bool:
         or torch._C._functorch.peek_interpreter_stack()
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
-        or torch.autograd.forward_ad._current_level >= 0
+        or forward_ad._current_level >= 0
     )
 
 
@@ -117,6 +118,14 @@ def _differentiable_once(refusal: str, backward):
     return staticmethod(once)
 
 
+def _refuse_tangents(name: str, args: Sequence) -> None:
+    """NotImplementedError in forward mode: the tangent would be dropped, and taken for zero."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise NotImplementedError(f"pykern::{name} has no forward-mode derivative (torch.func.jvp, forward_ad)")
+
+
 def differentiable(
     op: Operator, function: type[torch.autograd.Function], *, twice: bool = False, refusal: str | None = None
 ) -> None:
@@ -131,6 +140,7 @@ def differentiable(
     op.function = function
 
     def with_autograd(*args):
+        _refuse_tangents(op.name, args)
         if wants_grad(args):
             return _without_none(function.apply(*args), args)
         with below_autograd_guard():
