@@ -1,4 +1,4 @@
-"""Trains a small GPT for three and a half minutes on the source of Python's own standard library, beside an n-gram baseline.
+"""Trains a small GPT for 3.5 minutes on the source of Python's own standard library, beside an n-gram baseline.
 
     python examples/demo.py                    (make demo)
     python examples/demo.py --steps 5          a short run, to see that everything works
