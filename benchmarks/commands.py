@@ -66,7 +66,8 @@ def measure(arguments: list[str], folder: Path) -> tuple[float, float, str]:
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
     process.returncode = os.waitstatus_to_exitcode(status)
-    failure = (folder / "output.txt").read_text(errors="replace")[-300:] if process.returncode else ""
+    said = (folder / "output.txt").read_text(errors="replace")[-300:]
+    failure = f"exit code {process.returncode}: {said}" if process.returncode else ""
     return seconds, usage.ru_maxrss / 1024, failure
 
 
@@ -90,7 +91,11 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib", help='a text file, or "stdlib" (default)')
     parser.add_argument("--only", default="", help="labels, with commas between: " + ", ".join(COMMANDS))
     arguments = parser.parse_args()
-    for row in rows(arguments.data, [label for label in arguments.only.split(",") if label]):
+    only = [label for label in arguments.only.split(",") if label]
+    for label in only:
+        if label not in COMMANDS:
+            parser.error(f"--only: {label!r} is none of {', '.join(COMMANDS)}")
+    for row in rows(str(Path(arguments.data).resolve()) if arguments.data != "stdlib" else "stdlib", only):
         print(row, flush=True)
 
 

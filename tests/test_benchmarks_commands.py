@@ -24,7 +24,14 @@ def test_a_row_is_a_measurement(tmp_path):
 
 def test_a_command_that_fails_is_told(tmp_path):
     *_, failure = commands.measure(["train", "--data", "nowhere.txt", "--out", "model"], tmp_path)
-    assert "nowhere.txt" in failure
+    assert failure.startswith("exit code 1") and "nowhere.txt" in failure
+
+
+def test_an_unknown_label_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["commands", "--only", "order,nothing"])
+    with pytest.raises(SystemExit, match="2"):
+        commands.main()
+    assert "'nothing' is none of" in capsys.readouterr().err
 
 
 def test_rows_run_what_they_are_told():
