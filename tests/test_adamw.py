@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykern import _C
-from pykern.ops.adamw import adamw_
+from pykern.ops.adamw import adamw_, adamw_all_, square_sums
 from pykern.testing import assert_bitwise, assert_close, ratios, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -322,6 +322,62 @@ def test_read_only_array_is_refused():
     with pytest.raises(ValueError, match="adamw: param is read-only"):
         _C.adamw([(param, grad, m, v, None)], **OPTIONS, step=1, grad_scale=1.0)
     assert (m == 1).all()
+
+
+@pytest.mark.one_isa
+def test_one_bad_state_of_many_and_nothing_is_written():
+    states = [tuple(np.ones((2, 3), dtype=np.float32) for _ in range(4)) for _ in range(3)]
+    states[2] = (*states[2][:3], np.ones((3, 2), dtype=np.float32))
+    with pytest.raises(ValueError, match="adamw: exp_avg_sq has shape"):
+        _C.adamw([(*state, None) for state in states], **OPTIONS, step=1, grad_scale=1.0)
+    assert all((t == 1).all() for state in states for t in state)
+    for malformed in ([states[0]], [1.0]):  # four arrays, and no tuple at all
+        with pytest.raises((IndexError, RuntimeError)):
+            _C.adamw(malformed, **OPTIONS, step=1, grad_scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_states_in_one_call_are_as_many_calls(dtype):
+    together, alone = ([draw_state(*shape, dtype=dtype) for shape in SHAPES] for _ in range(2))
+    adamw_all_([(*state, None) for state in together], **OPTIONS, step=3, grad_scale=0.5)
+    for state in alone:
+        adamw_(*state, **OPTIONS, step=3, grad_scale=0.5)
+    for a, b in zip(together, alone, strict=True):
+        bits_equal((*a, None), (*b, None), "together")
+
+
+# ---- square_sum
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_square_sums_are_those_of_float64(dtype, with_threads):
+    wide = draw(40, 300, dtype=dtype)
+    tensors = [draw(*shape, dtype=dtype) for shape in SHAPES] + [wide[:, ::3], wide.t(), wide[:, 5:100]]
+    expected = torch.stack([t.double().square().sum() for t in tensors])
+    sums = with_threads(1, lambda: square_sums(tensors))
+    torch.testing.assert_close(sums, expected, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0.0)
+    for n in (2, 3):
+        assert_bitwise(with_threads(n, lambda: square_sums(tensors)), sums, name=f"{n} threads")
+    for bad in (math.nan, math.inf):
+        x = draw(5000, dtype=dtype)
+        x[4567] = bad
+        assert not torch.isfinite(square_sums([x])).any()
+
+
+@pytest.mark.one_isa
+def test_square_sum_refuses():
+    x, out = np.ones((2, 3), dtype=np.float32), np.zeros(1)
+    for arguments, error, words in (
+        ((x.astype(np.int64), out), TypeError, "square_sum: x"),
+        ((x[:, ::2], out), ValueError, "square_sum: x"),
+        ((x, out.astype(np.float32)), TypeError, "square_sum: out"),
+        ((x, np.zeros(2)), ValueError, "expected one sum = 1"),
+        ((x, np.zeros((1, 1))), ValueError, r"square_sum: out must be \[1\]"),
+        ((out, out), ValueError, "square_sum: out"),
+    ):
+        with pytest.raises(error, match=words):
+            _C.square_sum(*arguments)
+    assert out == 0
 
 
 @pytest.mark.one_isa

@@ -240,6 +240,22 @@ def test_same_bits_for_any_thread_count(dtype, with_threads):
             assert_bitwise(x, again[name], name=f"{n} threads, {name}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs, inner, rows", [(400, 40, 300), (200, 200, 1200)])
+def test_dweight_is_the_same_whoever_packs_its_strips(outputs, inner, rows, dtype, with_threads):
+    """dout^T x: dout needs packing. The first x is one block: a task packs the strips that it uses, while rows are enough
+    for all threads (not for 16), else all are packed before. The second is more than a block: they always are."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, inner, generator=generator), torch.randn(outputs, inner, generator=generator)
+    dout = torch.randn(rows, outputs, generator=generator)
+    tensors = {"x": x.to(dtype), "weight": weight.to(dtype)}
+    first = with_threads(1, lambda: apply(tensors, dout.to(dtype)))["dweight"]
+    assert_close(first, dout.to(dtype).double().t() @ tensors["x"].double(), name="dweight")
+    for n in (2, 3, 16):
+        again = with_threads(n, lambda: apply(tensors, dout.to(dtype)))["dweight"]
+        assert_bitwise(first, again, name=f"{n} threads")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", [1, 150])
 def test_rows_without_a_gradient_add_nothing(padding, dtype):

@@ -51,8 +51,8 @@ void check(const SquareSum& op) {
   c.unit_last(x);
   c.dtype(out, DType::f64);
   c.same_device(out, x);
-  PYKERN_CHECK(value, op.out.rank == 1 && op.out.size[0] == 1, "square_sum: out has rank ",
-               op.out.rank, ", expected shape [1]");
+  c.rank(out, 1, "[1]");
+  c.size(out, 0, 1, "one sum");
   c.output(out);
   c.disjoint({out}, {x});
 }
