@@ -243,8 +243,8 @@ def test_same_bits_for_any_thread_count(dtype, with_threads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs, inner, rows", [(400, 40, 300), (200, 200, 1200)])
 def test_dweight_is_the_same_whoever_packs_its_strips(outputs, inner, rows, dtype, with_threads):
-    """dout^T x: dout needs packing. The first x is one block: a task packs the strips that it uses, while rows are enough
-    for all threads (not for 16), else all are packed before. The second is more than a block: they always are."""
+    """dout^T x: dout needs packing. The first x is one block: a task packs the strips that it uses, while rows are
+    enough for all threads (not for 16), else all are packed before. The second is larger: they always are."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, inner, generator=generator), torch.randn(outputs, inner, generator=generator)
     dout = torch.randn(rows, outputs, generator=generator)
