@@ -49,7 +49,7 @@ def wants_grad(args: Sequence) -> bool:
 class Operator:
     """Calls torch.ops.pykern.<name>, or, for plain arguments, what that would call in the end.
 
-    The dispatcher takes 10 to 40 us to come back to Python, twice where there is a gradient: as long as a small kernel.
+    The dispatcher's way back to Python, twice where there is a gradient, takes as long as a small kernel.
     The kernel may return None for a tensor that is not wanted, torch.ops then returns an empty one.
     """
 
@@ -85,6 +85,7 @@ operators: dict[str, Operator] = {}
 
 
 def given(*tensors: Tensor | None) -> list[Tensor]:
+    """Those that are not None."""
     return [t for t in tensors if t is not None]
 
 
