@@ -65,10 +65,8 @@ class Documents:
         """The texts under a tokenizer, in their order. TypeError for what is no text, a single str included."""
         if isinstance(texts, str):
             raise TypeError("Documents: texts must be several texts, got one str")
-        parts = [tokenizer.encode_texts([text]) for text in texts]
-        bounds = np.zeros(len(parts) + 1, np.int64)
-        np.cumsum([len(part) for part in parts], out=bounds[1:])
-        return cls(np.concatenate(parts) if parts else np.zeros(0, tokenizer.dtype), bounds)
+        tokens, lengths = tokenizer.encode_each(texts)
+        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.bounds) - 1

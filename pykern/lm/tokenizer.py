@@ -173,20 +173,29 @@ class Tokenizer:
 
     def encode_texts(self, texts: Iterable[str]) -> np.ndarray:
         """Ids of all texts one after the other, uint16 or uint32 [N]; no token crosses from one text to the next."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        return self.encode_each([texts] if isinstance(texts, str) else texts)[0]
+
+    def encode_each(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """What encode_texts gives, and how many of the ids are those of each text, int64 [texts]."""
+        texts = list(texts)
         for text in texts:
             _check_text(text)
         data = [_utf8(text) for text in texts]
         if self.kind == "byte":
-            return np.frombuffer(b"".join(data), np.uint8).astype(self.dtype)
+            return np.frombuffer(b"".join(data), np.uint8).astype(self.dtype), np.array([*map(len, data)], np.int64)
         del data
-        found = [np.zeros(0, self.dtype)]
         if self.kind == "character":
-            for text in texts:
-                points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-                found.append(self._character_ids[points].astype(self.dtype))
-            return np.concatenate(found)
-        parts = [part for text in texts for part in chunks(text, self._parts.boundary)]
+            points = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32)
+            return self._character_ids[points].astype(self.dtype), np.array([*map(len, texts)], np.int64)
+        parts_of = [list(chunks(text, self._parts.boundary)) for text in texts]  # one at least
+        found = [np.zeros(0, self.dtype), *self._encode_parts(list(chain.from_iterable(parts_of)))]
+        ends = np.cumsum([0, *map(len, found)])[1:]  # of the nothing in front and of every part
+        lengths = np.diff(ends[np.cumsum([0, *map(len, parts_of)])])
+        return np.concatenate(found), lengths
+
+    def _encode_parts(self, parts: list[str]) -> list[np.ndarray]:
+        """Ids of each of what chunks() gave."""
+        found = []
         known: dict[str, tuple[int, ...]] = {}
         for start in range(0, len(parts), ENCODE_CHUNKS):
             batch = parts[start : start + ENCODE_CHUNKS]
@@ -198,16 +207,17 @@ class Tokenizer:
                     found.append(self._encode_words(part, pattern, known))
                 else:
                     found.append(np.array(next(encodings).ids, self.dtype))
-        return np.concatenate(found)
+        return found
 
     def _encode_words(self, part: str, pattern: re.Pattern[str], known: dict[str, tuple[int, ...]]) -> np.ndarray:
         """Ids of an ASCII text: each distinct word goes to the library once, and known keeps what came back."""
         words = pattern.findall(part)
         if len(known) > MAX_KNOWN:
             known.clear()
-        new = list(set(words) - known.keys())
-        encodings = self._inner.encode_batch_fast(new, add_special_tokens=False)
-        known.update((word, tuple(encoding.ids)) for word, encoding in zip(new, encodings, strict=True))
+        new = [word for word in set(words) if word not in known]  # a difference would walk through all of known
+        if new:
+            encodings = self._inner.encode_batch_fast(new, add_special_tokens=False)
+            known.update((word, tuple(encoding.ids)) for word, encoding in zip(new, encodings, strict=True))
         return np.fromiter(chain.from_iterable(map(known.__getitem__, words)), self.dtype)
 
     def encode(self, text: str) -> list[int]:
