@@ -7,7 +7,8 @@ from lm_models import POSITIONS, make, random_ids
 
 from pykern import nn
 from pykern.lm import Tokenizer
-from pykern.lm.compare_batching import compare, parts
+from pykern.lm.compare_batching import compare
+from pykern.lm.corpus import parts
 from pykern.lm.config import Config
 from pykern.lm.documents import Documents, PackedBatches, PaddedBatches, pack, shuffled
 from pykern.lm.layout import make_layout
@@ -385,8 +386,8 @@ def test_batches_refuse(arguments, error, words):
 
 def test_compare_trains_both_ways_on_the_same_texts():
     words = parts(("one two\nthree\n\n\nfour five six seven\n" * 20,), "lines")
-    assert words[:3] == ["one two", "three", "four five six seven"]
-    assert parts(("a\nb\n\nc",), "paragraphs") == ["a\nb", "c"]
+    assert words[:3] == ["one two\n", "three\n", "four five six seven\n"]
+    assert parts(("a\nb\n\nc",), "paragraphs") == ["a\nb\n\n", "c"]
     texts = Documents.encode(words, Tokenizer.train("byte"))
     config = Config(n_layer=1, n_head=2, n_embd=16, block_size=24, vocab_size=256)
     ways = compare(texts, texts, config, TrainOptions(steps=12, lr=1e-2, warmup=2), targets=200)

@@ -24,7 +24,7 @@ SWITCHES = {"untied_head": "own weights for the head", "qk_norm": "normalise eve
 OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "steps": (int, "updates of the weights (default 1500, unless --minutes is given)"),
     "minutes": (float, "stop after this much training"),
-    "batch_size": (int, "texts per step"),
+    "batch_size": (int, "rows per step"),
     "lr": (float, "highest learning rate"),
     "final_lr": (float, "learning rate at the end, as a share of --lr"),
     "warmup": (int, "steps over which the learning rate rises"),
@@ -40,6 +40,7 @@ OPTIONS = {  # field of TrainOptions: (type or choices, help)
     "eval_tokens": (int, "most held-out tokens of an evaluation on the way"),
     "checkpoint_every": (int, "steps between checkpoints; 0: at the end only"),
     "seed": (int, "of the initial weights and the order of the batches"),
+    "batches": (("blocks", "padded", "packed"), "blocks of the whole text, or texts: one a row, or as many as fit"),
     "recompute": (bool, "keep less in memory for the backward pass and compute it again there"),
 }
 
@@ -61,6 +62,12 @@ def add_train(commands: Any) -> None:
     )
     parser.add_argument(
         "--vocab-size", type=int, default=argparse.SUPPRESS, help="tokens, at most (needed by wordpiece, bpe, unigram)"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("files", "lines", "paragraphs"),
+        default=argparse.SUPPRESS,
+        help="with --batches padded or packed: what a text is (default files; of a token file: the texts it has)",
     )
     parser.add_argument("--shard", action="store_true", help="under torchrun: each process holds a part of the model")
     add_threads(parser)
@@ -90,16 +97,17 @@ def resumed(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) 
     from pykern.lm.checkpoint import load_checkpoint
     from pykern.lm.data import Data
     from pykern.lm.model import expected_tensors
-    from pykern.lm.trainer import Trainer, read_state
+    from pykern.lm.run_state import read_state
+    from pykern.lm.trainer import Trainer
 
-    fixed = given(arguments, [*SHAPE, *SWITCHES, "tokenizer", "vocab_size"])
+    fixed = given(arguments, [*SHAPE, *SWITCHES, "tokenizer", "vocab_size", "split"])
     if fixed:
         raise ValueError(f"{flag(next(iter(fixed)))} is fixed by the checkpoint that --resume continues")
     loaded = load_checkpoint(arguments.out, expected=expected_tensors)
     state = read_state(loaded.state, Path(arguments.out))
     if loaded.tokenizer is None:
         raise ValueError(f"{arguments.out} has no tokenizer.json, so it cannot be resumed")
-    data = Data.load(arguments.data or state.source, loaded.tokenizer)
+    data = Data.load(arguments.data or state.source, loaded.tokenizer, split=state.split)
     return Trainer.resume(arguments.out, data, replace(state.options, **changes), ranks=ranks)
 
 
@@ -114,11 +122,13 @@ def started(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) 
     if "minutes" in changes and "steps" not in changes:
         changes["steps"] = None
     options = TrainOptions(**changes)
+    split = options.split(getattr(arguments, "split", None))
     shape = {name: default for name, (_, default, _) in SHAPE.items()} | given(arguments, list(SHAPE))
     shape |= {"tied_head": not hasattr(arguments, "untied_head"), "qk_norm": hasattr(arguments, "qk_norm")}
     Config(vocab_size=1, **shape)  # a bad shape is refused before any text is read
     vocab_size = getattr(arguments, "vocab_size", None)
-    data = Data.load(arguments.data, kind_or_file(getattr(arguments, "tokenizer", "byte"), vocab_size), vocab_size)
+    tokenizer = kind_or_file(getattr(arguments, "tokenizer", "byte"), vocab_size)
+    data = Data.load(arguments.data, tokenizer, vocab_size, split=split)
     config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
     return Trainer(make_model(config, options), data, options, arguments.out, ranks=ranks)
 

@@ -7,7 +7,6 @@ targets on average, so the losses are those of two shuffles of the same training
 """
 
 import argparse
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,10 +38,9 @@ class Way:
 
 @torch.no_grad()
 def held_out_loss(model: Transformer, batches: PaddedBatches | PackedBatches) -> float:
-    """Nats per target over one epoch, the last batch filled up by the first rows of the next."""
+    """Nats per target, every text once."""
     nats = count = 0.0
-    for step in range(-(-batches.rows_per_epoch // batches.batch_size)):
-        batch = batches.at(step)
+    for batch in batches.once():
         nats += float(batch.loss(model, "sum"))
         count += batch.tokens
     return nats / count
@@ -98,12 +96,6 @@ def compare(
     return ways
 
 
-def parts(texts: tuple[str, ...], split: str) -> list[str]:
-    """The lines of the texts, or their paragraphs (what stands between empty lines), blank ones left out."""
-    pattern = r"\n" if split == "lines" else r"\n\s*\n"
-    return [part for text in texts for part in re.split(pattern, text) if part.strip()]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Padded against packed batches of the lines of a text.")
     parser.add_argument("--data", default="stdlib")
@@ -116,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--processor-time", action="store_true", help="not wall time: for a machine that is busy")
     arguments = parser.parse_args(argv)
     text, tokenizer = corpus.load(arguments.data), Tokenizer.train("byte")
-    texts = Documents.encode(parts(text.train_texts, arguments.split), tokenizer)
-    val = parts(text.val_texts, arguments.split)
+    texts = Documents.encode(corpus.parts(text.train_texts, arguments.split), tokenizer)
+    val = corpus.parts(text.val_texts, arguments.split)
     held_out = Documents.encode(val[:: max(1, len(val) // max(1, arguments.val_texts))], tokenizer)
     config = Config(
         n_layer=2, n_head=2, n_embd=64, block_size=arguments.block_size, vocab_size=256, positions="rope",

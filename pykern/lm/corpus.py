@@ -8,8 +8,9 @@ SHA-256 of their relative names, files are held out while they fit into 5 % of t
 import hashlib
 import os
 import platform
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pykern.lm.files import checked_size
 
 HELD_OUT = 20  # one byte, or one character, in twenty
 MAX_BYTES = 1 << 30  # texts are held in memory as str
+SEPARATORS = {"lines": r"(\n)", "paragraphs": r"(\n\s*\n)"}
+SPLITS = ("files", *SEPARATORS)
 
 # Tests and generated tables are not the kind of text one wants more of; the rest is not the library itself.
 STDLIB_EXCLUDED = frozenset(
@@ -52,6 +55,23 @@ class Corpus:
     @property
     def val_bytes(self) -> int:
         return sum(len(text.encode()) for text in self.val_texts)
+
+
+def parts(texts: Sequence[str], split: str) -> list[str]:
+    """The texts as they are ("files"), their "lines", or their "paragraphs", which empty lines separate.
+
+    What separates stays at the end of the part in front of it: it tells a model that the part is over. Blank parts are
+    left out; nothing else is, or is added.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"corpus: split is {split!r} but must be one of {', '.join(SPLITS)}")
+    if split == "files":
+        return list(texts)
+    found = []
+    for text in texts:
+        pieces = re.split(SEPARATORS[split], text)  # a part, what follows it, a part, …, a part
+        found += [part + end for part, end in zip(pieces[::2], [*pieces[1::2], ""], strict=True) if part.strip()]
+    return found
 
 
 def _text(data: bytes, name: str | Path) -> str:

@@ -7,7 +7,7 @@ row once, in an order drawn from (seed, epoch), so the batch of a step is a func
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ from pykern.lm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-    from pykern.lm.model import Transformer
 
 IGNORED = -100  # the target that no loss counts
 CHUNK = 1 << 20  # numbers of a mapped file looked at in one go
@@ -81,6 +79,17 @@ class Documents:
         """Tokens of each text, int64 [texts]."""
         return np.diff(self.bounds)
 
+    def first(self, targets: int, block_size: int) -> "Documents":
+        """The first texts, cut as batches cut them, that have so many targets together; all when they have fewer."""
+        each = np.minimum(np.maximum(self.lengths - 1, 0), block_size)
+        before = np.cumsum(each) - each
+        count = int(np.searchsorted(before, targets))  # texts with fewer targets in front of them
+        if not count or before[count - 1] + each[count - 1] <= targets:
+            return Documents(self.tokens[: self.bounds[count]], self.bounds[: count + 1])
+        bounds = self.bounds[: count + 1].copy()
+        bounds[-1] = bounds[-2] + targets - before[count - 1] + 1
+        return Documents(self.tokens[: bounds[-1]], bounds)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the token file `path` (NAME.npy) and its bounds beside it (NAME.documents.npy).
 
@@ -126,9 +135,23 @@ class DocumentBatch:
         """How many targets count."""
         return int(self.lengths.sum())
 
-    def loss(self, model: "Transformer", reduction: str = "mean") -> "torch.Tensor":
+    @property
+    def layout(self) -> "dict[str, torch.Tensor]":
+        """How the rows are laid out, as arguments of Transformer.forward."""
+        documents = {} if self.documents is None else {"documents": self.documents}
+        return {"lengths": self.lengths, **documents}
+
+    def part(self, number: int, count: int) -> "DocumentBatch":
+        """The rows of one of `count` equal parts, as wide as its longest row."""
+        rows = slice(*(len(self.ids) * i // count for i in (number, number + 1)))
+        lengths = self.lengths[rows]
+        T = max(1, int(lengths.max()))
+        documents = None if self.documents is None else self.documents[rows, :T]
+        return DocumentBatch(self.ids[rows, :T], self.targets[rows, :T], lengths, documents)
+
+    def loss(self, model: "Callable[..., torch.Tensor]", reduction: str = "mean") -> "torch.Tensor":
         """The loss of the batch; padding and texts reach the model as lengths and documents."""
-        return model(self.ids, self.targets, lengths=self.lengths, documents=self.documents, reduction=reduction)
+        return model(self.ids, self.targets, **self.layout, reduction=reduction)
 
 
 def shuffled(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -229,6 +252,19 @@ class _Rows(ABC):
             lengths[b] = start
         return tuple(torch.from_numpy(x) for x in (ids, targets, lengths, documents))
 
+    @abstractmethod
+    def _of(self, rows: list[int]) -> DocumentBatch:
+        """The batch of rows 0 .. rows_per_epoch - 1."""
+
+    def at(self, step: int) -> DocumentBatch:
+        """The batch of a step counted from 0; the same for the same (seed, step), whatever was asked for before."""
+        return self._of(self._drawn(step))
+
+    def once(self) -> Iterator[DocumentBatch]:
+        """Every row once and not shuffled; the last batch may be smaller."""
+        for first in range(0, self.rows_per_epoch, self.batch_size):
+            yield self._of(list(range(first, min(first + self.batch_size, self.rows_per_epoch))))
+
 
 class PaddedBatches(_Rows):
     """One text a row, padded with pad_id to the longest of the batch: at(step) gives a DocumentBatch.
@@ -246,10 +282,8 @@ class PaddedBatches(_Rows):
     def rows_per_epoch(self) -> int:
         return len(self.used)
 
-    def at(self, step: int) -> DocumentBatch:
-        """The batch of a step counted from 0; the same for the same (seed, step), whatever was asked for before."""
-        rows = [[i] for i in self._drawn(step)]
-        ids, targets, lengths, _ = self._batch(rows, max(int(self.lengths[i]) for (i,) in rows))
+    def _of(self, rows: list[int]) -> DocumentBatch:
+        ids, targets, lengths, _ = self._batch([[i] for i in rows], max(int(self.lengths[i]) for i in rows))
         return DocumentBatch(ids, targets, lengths)
 
 
@@ -270,6 +304,5 @@ class PackedBatches(_Rows):
     def rows_per_epoch(self) -> int:
         return len(self.rows)
 
-    def at(self, step: int) -> DocumentBatch:
-        """The batch of a step counted from 0; the same for the same (seed, step), whatever was asked for before."""
-        return DocumentBatch(*self._batch([self.rows[row] for row in self._drawn(step)], self.block_size))
+    def _of(self, rows: list[int]) -> DocumentBatch:
+        return DocumentBatch(*self._batch([self.rows[row] for row in rows], self.block_size))

@@ -1,15 +1,19 @@
 """How well a model predicts a text: nats per token and bits per byte, the latter comparable between tokenizers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from pykern.lm.batches import validation_batches
+from pykern.lm.documents import IGNORED, Documents, PackedBatches
 from pykern.lm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pykern.lm.model import Transformer
 
 
 class Sized(Protocol):
@@ -52,6 +56,30 @@ class Evaluation:
 
 
 @torch.no_grad()
+def _evaluate(
+    model: Any,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]],
+    tokenizer: Tokenizer,
+    each_batch: Callable[[], None],
+) -> Evaluation:
+    """Of batches of ids, targets and what else the model is given."""
+    nats, predicted, length = 0.0, 0, 0
+    bytes_per_token = torch.from_numpy(tokenizer.bytes_per_token)
+    training = model.training
+    model.train(False)
+    try:
+        for x, y, layout in batches:
+            each_batch()
+            layout = {name: value.to(model.device) for name, value in layout.items()}
+            nats += float(model(x.to(model.device), y.to(model.device), **layout, reduction="sum"))
+            real = y[y != IGNORED]
+            predicted += real.numel()
+            length += int(bytes_per_token[real].sum())
+    finally:
+        model.train(training)
+    return Evaluation(nats / predicted, predicted, max(1, length))
+
+
 def evaluate(
     model: LanguageModel,
     tokens: np.ndarray,
@@ -65,16 +93,27 @@ def evaluate(
     each_batch is called before each batch; what it raises ends the evaluation. The model keeps its mode, training or
     not.
     """
-    nats, predicted, length = 0.0, 0, 0
-    bytes_per_token = torch.from_numpy(tokenizer.bytes_per_token)
-    training = model.training
-    model.train(False)
-    try:
-        for x, y in validation_batches(tokens, model.config.block_size, batch_size):
-            each_batch()
-            nats += float(model(x.to(model.device), y.to(model.device), reduction="sum"))
-            predicted += y.numel()
-            length += int(bytes_per_token[y].sum())
-    finally:
-        model.train(training)
-    return Evaluation(nats / predicted, predicted, max(1, length))
+    windows = validation_batches(tokens, model.config.block_size, batch_size)
+    return _evaluate(model, ((x, y, {}) for x, y in windows), tokenizer, each_batch)
+
+
+def evaluate_texts(
+    model: "Transformer",
+    texts: Documents,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int = 32,
+    tokens: int | None = None,
+    each_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Predicts each text on its own, every token but its first, up to block_size of them; what is behind is left out.
+
+    tokens: only so many, those of the first texts. The model sees the texts packed, batch_size rows at once, which
+    changes nothing (pykern.lm.documents). each_batch and the mode are those of evaluate().
+    ValueError when no text has two tokens.
+    """
+    block_size = model.config.block_size
+    texts = texts if tokens is None else texts.first(tokens, block_size)
+    rows = PackedBatches(texts, block_size, batch_size).once()
+    batches = ((batch.ids, batch.targets, batch.layout) for batch in rows)
+    return _evaluate(model, batches, tokenizer, each_batch)

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+BATCHES = ("blocks", "padded", "packed")
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("float32", "bfloat16")
 RESIDUAL_INITS = ("scaled", "zero")
+CHOICES = {"schedule": SCHEDULES, "dtype": DTYPES, "residual_init": RESIDUAL_INITS, "batches": BATCHES}
 # the least value of each integer, the largest of each number
 INTEGERS = {
     "steps": 1,
@@ -25,6 +27,7 @@ NUMBERS = {"minutes": 1e9, "lr": 1e9, "final_lr": 1.0, "weight_decay": 1e9, "bet
 class TrainOptions:
     """A run ends after `steps` steps or `minutes` minutes of training, whichever is first; one of them may be None.
 
+    batches: "blocks" of one long text, or short texts, "padded" (one a row) or "packed" (as many a row as fit).
     recompute keeps less for backward and makes it again there (pykern.nn.TransformerBlock); all bits stay the same.
 
     The learning rate rises over `warmup` steps to lr, then falls along `schedule` to final_lr * lr at the end.
@@ -52,6 +55,7 @@ class TrainOptions:
     checkpoint_every: int = 500
     seed: int = 0
     recompute: bool = False
+    batches: str = "blocks"
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -72,13 +76,24 @@ class TrainOptions:
             raise ValueError("train: minutes must be above 0, beta1 and beta2 below 1")
         if not isinstance(self.recompute, bool):
             raise ValueError(f"train: recompute is {self.recompute!r} but must be True or False")
-        for name, choices in {"schedule": SCHEDULES, "dtype": DTYPES, "residual_init": RESIDUAL_INITS}.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"train: {name} is {getattr(self, name)!r} but must be one of {', '.join(choices)}")
         if not isinstance(self.autocast, bool):
             raise ValueError(f"train: autocast is {self.autocast!r} but must be True or False")
         if self.autocast and self.dtype == "float32":
             raise ValueError("train: autocast computes in bfloat16 but dtype is 'float32': choose dtype bfloat16")
+
+    def split(self, wanted: str | None) -> str | None:
+        """What the corpus is to be split into for these batches, "files" unless wanted says otherwise; None for blocks.
+
+        ValueError when something is wanted for blocks, which are cut from the whole text.
+        """
+        if self.batches != "blocks":
+            return "files" if wanted is None else wanted
+        if wanted is not None:
+            raise ValueError(f"train: split {wanted} is for texts, but batches is 'blocks': choose padded or packed")
+        return None
 
     def fraction(self, step: int, seconds: float) -> float:
         """How much of the run lies behind, 0 to 1, after so many steps and seconds of training."""

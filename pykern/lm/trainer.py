@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from pykern.lm import checkpoint
-from pykern.lm.batches import Batches
 from pykern.lm.config import Config
 from pykern.lm.data import Data
-from pykern.lm.evaluation import Evaluation, evaluate
+from pykern.lm.evaluation import Evaluation
 from pykern.lm.model import Transformer, expected_tensors
+from pykern.lm.objective import make_objective
 from pykern.lm.options import TrainOptions
 from pykern.lm.plot import LossLog, NoLog, plot
 from pykern.lm.progress import Reporter, Silent, Status, peak_gflops
 from pykern.lm.ranks import Ranks
+from pykern.lm.run_state import CORPUS, read_state
 from pykern.optim import AdamW
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CORPUS = ("source", "sha256", "description")  # what is remembered of the text
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -62,6 +62,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
+def smoothed(mean: float, value: float) -> float:
+    """A mean in which older values fade, nan before the first."""
+    return value if math.isnan(mean) else 0.9 * mean + 0.1 * value
+
+
 class Interrupted(Exception):
     """Ctrl-C was pressed during an evaluation."""
 
@@ -92,9 +97,9 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> AdamW:
 class Trainer:
     """Trains `model` on `data`; `out` becomes its checkpoint folder, with loss.csv and loss.png beside.
 
-    ranks: the processes that share the work, batch_size texts each; the first of them writes `out`.
-    ValueError when out already holds a checkpoint, or the data are too short for the block size: before anything is
-    written.
+    ranks: the processes that share the work, batch_size rows each; the first of them writes `out`.
+    ValueError when out already holds a checkpoint, or the data are too short for the block size or do not fit
+    options.batches: before anything is written.
     """
 
     def __init__(
@@ -121,9 +126,8 @@ class Trainer:
             raise ValueError(
                 f"train: {data.tokenizer.vocab_size} tokens but the model has vocab_size {config.vocab_size}"
             )
-        if len(data.val) < 2:
-            raise ValueError(f"train: the held-out text has {len(data.val)} tokens but evaluation needs at least 2")
-        self.batches = Batches(data.train, config.block_size, options.batch_size * self.ranks.size, options.seed)
+        self.objective = make_objective(data, config.block_size, options, self.ranks)
+        self.batches = self.objective.batches
         given = {name: p.detach() for name, p in model.named_parameters()}
         self.model = model.to(torch.float32 if options.autocast else DTYPES[options.dtype]).train()
         self.network = self.ranks.wrap(self.model)
@@ -134,8 +138,8 @@ class Trainer:
             state = self.optimizer.prepare(p)
             if "master" in state:  # starts as the weight that was given, not as its bfloat16 copy
                 self.ranks.fill(state["master"], given[name])
-        self.step, self.seconds = 0, 0.0
-        self._seconds_per_step = math.nan
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self._seconds_per_step = self._tokens_per_step = math.nan
         if options.recompute:
             self.model.recompute()
 
@@ -165,10 +169,18 @@ class Trainer:
         state = read_state(loaded.state, Path(out))
         if state.sha256 != data.sha256:
             raise ValueError(f"train: {out} was trained on another text: {state.description}, not {data.description}")
-        trainer = cls.__new__(cls)
         options = state.options if options is None else options
+        if state.split is None and options.batches != "blocks":
+            raise ValueError(f"train: {out} was trained on blocks, so it cannot go on with {options.batches} batches")
+        if state.split is not None and options.batches == "blocks":
+            raise ValueError(f"train: {out} was trained on texts, so it cannot go on with blocks")
+        if state.split != data.split:
+            raise ValueError(f"train: {out} was trained on a text split by {state.split}, the data by {data.split}")
+        trainer = cls.__new__(cls)
         trainer._set_up(Transformer.from_checkpoint(loaded), data, options, out, report, ranks)
         trainer.step, trainer.seconds = state.step, state.seconds
+        blocks = trainer.batches.batch_size * trainer.batches.block_size  # a checkpoint without tokens is of blocks
+        trainer.tokens = state.step * blocks if state.tokens is None else state.tokens
         trainer._restore_moments(loaded.state_tensors or {})
         trainer.ranks.wait()
         return trainer
@@ -191,12 +203,11 @@ class Trainer:
     def train_step(self) -> dict[str, int | float]:
         """One batch, one update; its row of loss.csv. FloatingPointError, before any weight changes, for a NaN loss."""
         start = time.perf_counter()
-        x, y = map(self.ranks.rows, self.batches.at(self.step))
         lr = self.options.learning_rate(self.step, self.seconds)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self._loss(x, y)
+        loss, tokens = self._loss()
         value = self.ranks.mean(loss.item())
         if not math.isfinite(value):
             raise FloatingPointError(f"train: the loss is {value} at step {self.step + 1}: try a lower lr")
@@ -204,13 +215,14 @@ class Trainer:
         self.optimizer.step()
         seconds = self.ranks.mean(time.perf_counter() - start)
         self.step += 1
+        self.tokens += tokens
         self.seconds += seconds
-        known = not math.isnan(self._seconds_per_step)
-        self._seconds_per_step = 0.9 * self._seconds_per_step + 0.1 * seconds if known else seconds
+        self._seconds_per_step = smoothed(self._seconds_per_step, seconds)
+        self._tokens_per_step = smoothed(self._tokens_per_step, tokens)
         norm = self.optimizer.grad_norm
         return {
             "step": self.step,
-            "tokens": self.step * y.numel() * self.ranks.size,
+            "tokens": self.tokens,
             "seconds": self.seconds,
             "loss": value,
             "lr": lr,
@@ -221,26 +233,24 @@ class Trainer:
         """What options.autocast says, whatever the caller's own autocast: a run depends on its options alone."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.options.autocast)
 
-    def _loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def _loss(self) -> tuple[Tensor, int]:
         dropout = bool(self.model.config.dropout)
         with self._autocast(), torch.random.fork_rng(devices=[], enabled=dropout):
             if dropout:  # what is dropped follows from seed and step, so that resuming is exact
                 rank = self.ranks.rank * 10_000_019
                 torch.manual_seed((self.options.seed * 1_000_003 + self.step + rank) % 2**63)
-            return self.network(x, y)
+            return self.objective.loss(self.network, self.step)
 
     def evaluate(self, tokens: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
-        """Of the first `tokens` held-out tokens, or of all; None when interrupted() cut it short."""
+        """Of the first `tokens` held-out targets, or of all; None when interrupted() cut it short."""
 
         def check() -> None:
             if interrupted():
                 raise Interrupted
 
-        val = self.data.val if tokens is None else self.data.val[: tokens + 1]
-        size = self.options.batch_size
         try:
             with self._autocast():
-                return evaluate(self.model, val, self.data.tokenizer, batch_size=size, each_batch=check)
+                return self.objective.evaluate(self.model, tokens, check)
         except Interrupted:
             return None
 
@@ -270,16 +280,17 @@ class Trainer:
             tokenizer=self.data.tokenizer,
             state={
                 "step": self.step,
+                "tokens": self.tokens,
                 "seconds": self.seconds,
                 "options": self.options.to_dict(),
-                "corpus": {name: getattr(self.data, name) for name in CORPUS},
+                "corpus": {name: getattr(self.data, name) for name in (*CORPUS, "split")},
             },
             state_tensors=moments,
         )
 
     def _status(self, row: dict[str, int | float], peak: float) -> Status:
-        tokens_per_step = self.batches.batch_size * self.model.config.block_size
-        tokens_per_second = tokens_per_step / self._seconds_per_step
+        tokens_per_second = self._tokens_per_step / self._seconds_per_step
+        flops_per_token = self.model.config.training_flops_per_token(self.objective.length)
         return Status(
             step=self.step,
             steps=self.options.steps,
@@ -288,7 +299,7 @@ class Trainer:
             lr=row["lr"],
             grad_norm=row["grad_norm"],
             tokens_per_second=tokens_per_second,
-            gflops=tokens_per_second * self.model.config.training_flops_per_token() / 1e9,
+            gflops=tokens_per_second * flops_per_token / 1e9,
             peak_gflops=peak,
             eta_seconds=self.seconds * (1.0 / self.fraction - 1.0),
         )
@@ -304,8 +315,8 @@ class Trainer:
         evaluation = None
         try:
             self.report.note(
-                f"{self.data.description}; {len(self.data.train):,} tokens to train on, "
-                f"{len(self.data.val):,} held out; {config.parameter_count:,} parameters; peak {peak:.0f} GFLOP/s"
+                f"{self.data.description}; {self.objective}; {config.parameter_count:,} parameters; "
+                f"peak {peak:.0f} GFLOP/s"
             )
             with interruptible() as pressed:
 
@@ -344,49 +355,22 @@ class Trainer:
         )
 
 
-@dataclass(frozen=True)
-class State:
-    """What training.json holds."""
-
-    step: int
-    seconds: float
-    options: TrainOptions
-    source: str
-    sha256: str
-    description: str
-
-
-def read_state(values: dict[str, Any] | None, out: Path) -> State:
-    """The training state of the checkpoint in `out`; ValueError when there is none or it makes no sense."""
-    if values is None:
-        raise ValueError(f"train: {out} has no training state, so it cannot be resumed")
-    step, seconds, options, text = (values.get(name) for name in ("step", "seconds", "options", "corpus"))
-    if (
-        isinstance(step, int)
-        and not isinstance(step, bool)
-        and 0 <= step < 2**62
-        and isinstance(seconds, int | float)
-        and 0.0 <= seconds < math.inf
-        and isinstance(options, dict)
-        and isinstance(text, dict)
-        and all(isinstance(text.get(name), str) for name in CORPUS)
-    ):
-        return State(step, float(seconds), TrainOptions.from_dict(options), *(text[name] for name in CORPUS))
-    raise ValueError(f"train: the training state in {out} makes no sense, so it cannot be resumed")
-
-
 def train(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     tokenizer: str = "byte",
     vocab_size: int | None = None,
+    split: str | None = None,
     options: TrainOptions | None = None,
     report: Reporter | None = None,
     **shape: Any,
 ) -> Result:
-    """Trains a new model on "stdlib", a text file or a folder. shape: the fields of Config but vocab_size."""
-    data = Data.load(source, tokenizer, vocab_size)
-    config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
+    """Trains a new model on "stdlib", a text file or a folder. shape: the fields of Config but vocab_size.
+
+    split: with padded or packed batches the texts are "files" (also when None), "lines" or "paragraphs".
+    """
     options = TrainOptions() if options is None else options
+    data = Data.load(source, tokenizer, vocab_size, split=options.split(split))
+    config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
     return Trainer(make_model(config, options), data, options, out, report=report).run()
