@@ -22,10 +22,10 @@ OPTIONS = TrainOptions(
 TEXT = "".join(f"def f{i % 7}(x):\n    return x + {i % 5}\n\n\n" for i in range(150))
 
 
-def make_data(text=TEXT, sha256="0" * 64):
+def make_data(text=TEXT, sha256="0" * 64, split=None):
     cut = len(text) * 9 // 10
     corpus = Corpus(train_texts=(text[:cut],), val_texts=(text[cut:],), sha256=sha256, description="functions")
-    return Data.encode(corpus, Tokenizer.train("byte"))
+    return Data.encode(corpus, Tokenizer.train("byte"), split=split)
 
 
 def make_trainer(out, options=OPTIONS, data=None, **shape):

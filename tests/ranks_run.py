@@ -19,7 +19,7 @@ def new_trainer(data: Data, out: Path, batch: int, ranks: Ranks | None = None, *
 
 
 def main(source: str, out: Path) -> None:
-    data = Data.load(source)
+    data, lines = Data.load(source), Data.load(source, split="lines")
     found = {}
     for shard in (False, True):
         ranks = Ranks.join(shard=shard)
@@ -35,6 +35,9 @@ def main(source: str, out: Path) -> None:
             stopped.train_step()
         stopped.save()
         Trainer.resume(out / f"{name} resumed", data, ranks=ranks).run()
+
+        for batches in ("padded", "packed"):
+            new_trainer(lines, out / f"{name} {batches}", BATCH, ranks, batches=batches).run()
     half = new_trainer(data, out / "half", BATCH, ranks, dtype="bfloat16")  # masters are sharded, too
     half.run()
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(found))

@@ -109,15 +109,17 @@ def test_every_option_reaches_the_run(folder, tmp_path):
         "checkpoint_every": 1,
         "seed": 5,
         "recompute": True,
+        "batches": "packed",
     }
     assert set(shape) == set(SHAPE) and set(options) == set(OPTIONS) == set(TrainOptions().to_dict())
     flags = []
     for name, value in (shape | options).items():
         flags += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
-    tokenizer = ["--tokenizer", "bpe", "--vocab-size", "270", "--untied-head", "--qk-norm"]
+    tokenizer = ["--tokenizer", "bpe", "--vocab-size", "270", "--untied-head", "--qk-norm", "--split", "paragraphs"]
     out = tmp_path / "out"
     assert main(["train", "--data", str(folder / "text.txt"), "--out", str(out), *flags, *tokenizer]) == 0
-    assert json.loads((out / "training.json").read_text())["options"] == options
+    state = json.loads((out / "training.json").read_text())
+    assert state["options"] == options and state["corpus"]["split"] == "paragraphs"
     loaded = Transformer.load(out).config
     assert loaded == Config(vocab_size=Tokenizer.load(out).vocab_size, tied_head=False, qk_norm=True, **shape)
     assert Tokenizer.load(out).kind == "bpe" and loaded.vocab_size <= 270

@@ -8,8 +8,8 @@ from lm_models import POSITIONS, make, random_ids
 from pykern import nn
 from pykern.lm import Tokenizer
 from pykern.lm.compare_batching import compare
-from pykern.lm.corpus import parts
 from pykern.lm.config import Config
+from pykern.lm.corpus import parts
 from pykern.lm.documents import Documents, PackedBatches, PaddedBatches, pack, shuffled
 from pykern.lm.layout import make_layout
 from pykern.lm.options import TrainOptions

@@ -28,7 +28,8 @@ def torchrun(*command: str, timeout: float = 300) -> subprocess.CompletedProcess
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     text = folder / "text.txt"
-    text.write_text("".join(f"{n} and {n + 1} are {2 * n + 1}\n" for n in range(400)))
+    # lines of 2 to 14 tokens: ranks have as many rows, but not as many targets
+    text.write_text("".join(f"{n} and {n + 1} are {2 * n + 1}"[: 1 + n * n % 14] + "\n" for n in range(800)))
     torchrun(str(ROOT / "tests" / "ranks_run.py"), str(text), str(folder))
     new_trainer(Data.load(text), folder / "one", 2 * BATCH).run()
     return folder
@@ -43,6 +44,21 @@ def test_two_ranks_follow_one_process_with_twice_the_batch(runs, name):
     for column in ("loss", "grad_norm", "tokens"):
         assert curve(runs / name, column) == pytest.approx(curve(runs / "one", column), rel=2e-6)
     assert len(curve(runs / name, "loss")) == STEPS
+
+
+@pytest.mark.parametrize("batches", ["padded", "packed"])
+@pytest.mark.parametrize("name", ["whole", "shard"])
+def test_two_ranks_with_texts_follow_one_process_with_twice_the_batch(runs, name, batches, tmp_path):
+    """Though the rank with fewer targets weighs less than the other."""
+    lines = Data.load(runs / "text.txt", split="lines")
+    one = new_trainer(lines, tmp_path / "one", 2 * BATCH, batches=batches)
+    one.run()
+    steps = [one.batches.at(step) for step in range(STEPS)]
+    shares = [batch.part(0, 2).tokens / batch.tokens for batch in steps]
+    assert max(abs(share - 0.5) for share in shares) > (0.1 if batches == "padded" else 0.01)
+    for column in ("loss", "grad_norm", "tokens"):
+        assert curve(runs / f"{name} {batches}", column) == pytest.approx(curve(tmp_path / "one", column), rel=2e-6)
+    assert curve(tmp_path / "one", "tokens")[-1] == sum(batch.tokens for batch in steps)
 
 
 def test_each_rank_holds_its_part(runs):

@@ -16,7 +16,8 @@ import pykern
 from pykern.lm import Config, Tokenizer, Trainer, Transformer, evaluate, train
 from pykern.lm.checkpoint import load_checkpoint, save_checkpoint
 from pykern.lm.plot import COLUMNS, LossLog
-from pykern.lm.trainer import interruptible, make_model, make_optimizer, read_state
+from pykern.lm.run_state import read_state
+from pykern.lm.trainer import interruptible, make_model, make_optimizer
 
 
 def test_it_learns(tmp_path):
