@@ -206,9 +206,11 @@ def test_ranks_weigh_their_targets(kind):
             torch.testing.assert_close(a / size, b, rtol=1e-9, atol=1e-12)
 
 
-def test_a_rank_without_targets_has_a_gradient_of_zero(monkeypatch):
-    model = make(positions="learned", vocab_size=256, block_size=16)
-    objective = Texts(data_of(), 16, changed(batches="packed", batch_size=1), Ranks(1, 2))
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_without_targets_has_a_gradient_of_zero(kind, positions, monkeypatch):
+    model = make(positions=positions, vocab_size=256, block_size=16)
+    objective = Texts(data_of(), 16, changed(batches=kind, batch_size=1), Ranks(1, 2))
     full = objective.batches.at(0)
     empty = DocumentBatch(full.ids, full.targets, full.lengths * torch.tensor([1, 0]), full.documents)
     monkeypatch.setattr(objective.batches, "at", lambda step: empty)

@@ -145,7 +145,7 @@ class DocumentBatch:
         """The rows of one of `count` equal parts, as wide as its longest row."""
         rows = slice(*(len(self.ids) * i // count for i in (number, number + 1)))
         lengths = self.lengths[rows]
-        T = max(1, int(lengths.max()))
+        T = max(1, int(lengths.max()))  # without any token some parameters would get no gradient
         documents = None if self.documents is None else self.documents[rows, :T]
         return DocumentBatch(self.ids[rows, :T], self.targets[rows, :T], lengths, documents)
 
