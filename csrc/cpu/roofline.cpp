@@ -11,7 +11,7 @@ constexpr int kChains =
     12;  // latency 4 x 2 units = 8 at least; 12 and two factors fit 16 registers
 constexpr int kStreams = 8;  // vectors in flight of the reading loop
 
-// One more multiply-add of a chain. x -> 0.999 x + 0.001 stays at 1, so that neither infinities nor
+// One more multiply-add of a chain. x -> 0.999 x + 0.001 goes to 1, so that neither infinities nor
 // subnormal numbers change the pace; a product that no chain enters would be taken out of the loop.
 template <class T>
 static inline Vec<Compute<T>> link(Vec<Compute<T>> x) {
@@ -30,7 +30,9 @@ template <class T>
 static Compute<T> chains(int64_t repeats) {
   using V = Vec<Compute<T>>;
   V chain[kChains];
-  for (V& x : chain) x = V::splat(Compute<T>(1));
+  // From places that the compiler cannot know: it would compute the end of a chain from 1 itself.
+  for (int i = 0; i < kChains; ++i)
+    chain[i] = V::splat(1 + static_cast<Compute<T>>(repeats % (i + 2)) / 64);
   for (int64_t r = 0; r < repeats; ++r) {
 #pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) chain[i] = link<T>(chain[i]);
