@@ -30,7 +30,12 @@ def num_threads() -> int: ...
 def set_num_threads(n: int) -> None:
     """0 = follow the OpenMP runtime (torch.set_num_threads)."""
 
-def cuda_status() -> str: ...
+def cuda_status() -> str:
+    """ "not built", or what the CUDA kernels are built for and whether they can run here."""
+
+def cuda_kernels() -> list[str]:
+    """The functions here that take CUDA tensors; empty in a build without CUDA."""
+
 def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 

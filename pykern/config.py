@@ -71,6 +71,31 @@ def show_config() -> None:
         print(f"{name:>20}: {', '.join(value) if isinstance(value, list) else value}")
 
 
+# op -> the kernel that its forward pass is; None: torch functions put together
+_KERNELS = {
+    **dict.fromkeys(("gelu", "relu", "sigmoid", "silu"), "activation_forward"),
+    **dict.fromkeys(("embedding", "layer_norm", "linear", "mlp", "rms_norm", "softmax", "swiglu"), "{op}_forward"),
+    **dict.fromkeys(("attention_weights", "linear_cross_entropy", "rope"), "{op}"),
+    "cross_entropy": "cross_entropy_forward",
+    "merge_attention": None,
+    "attention_with_kvcache": "attention_with_kvcache",
+    "flash_attn_with_kvcache": "attention_with_kvcache",
+}
+_VERIFIED: dict[str, str] = {}  # CUDA kernel -> the GPU on which its tests have passed
+
+
+def _explain_cuda(op: str, dtype: str) -> str:
+    kernel = _KERNELS.get(op, "attention_forward")
+    if kernel is None:
+        return f"{op}: torch functions put together, on CUDA as on the CPU"
+    kernel = kernel.format(op=op)
+    if kernel not in _C.cuda_kernels():
+        why = "has no CUDA kernel for it yet" if _C.cuda_kernels() else "has no CUDA kernels in this build"
+        return f"{op}: raises, because pykern {why}"
+    tested = f"verified on {_VERIFIED[kernel]}" if kernel in _VERIFIED else "tested on an emulator, not yet on a GPU"
+    return f"{op}: CUDA kernel {kernel}, {dtype}, {tested}; the CUDA kernels are {_C.cuda_status()}"
+
+
 def explain(op: str, *args, **kwargs) -> str:
     """One sentence: which kernel `op` runs for these arguments, and why; "raises, because ..." when none does.
 
@@ -83,12 +108,11 @@ def explain(op: str, *args, **kwargs) -> str:
     if not arrays:
         raise ValueError(f"explain: {op} needs at least one array argument")
     first = next((a for a in arrays if "int" not in str(a.dtype) and "bool" not in str(a.dtype)), arrays[0])
-    device = str(getattr(first, "device", "cpu"))
-    if device.startswith("cuda"):
-        return f"{op}: raises, because CUDA is {_C.cuda_status()} in this installation and the tensors are on {device}"
+    dtype = str(first.dtype).removeprefix("torch.")
+    if str(getattr(first, "device", "cpu")).startswith("cuda"):
+        return _explain_cuda(op, dtype)
     try:
         path = _C.borrow_path(first)
     except (TypeError, ValueError) as refusal:
         return f"{op}: raises, because {str(refusal).removeprefix('borrow_path: ')}"
-    dtype = str(first.dtype).removeprefix("torch.")
     return f"{op}: CPU kernel for ISA {_C.isa()}, {dtype}, {_C.num_threads()} threads, arrays borrowed by {path}"

@@ -218,6 +218,33 @@ def test_explain_says_what_raises():
     assert said.startswith("relu: raises, because array has dtype complex64, expected float32")
 
 
+class OnCuda:
+    """What explain() looks at of a tensor."""
+
+    device, dtype, shape = "cuda:0", torch.bfloat16, (3,)
+
+
+def test_explain_says_what_would_run_on_cuda():
+    if not _C.cuda_kernels():
+        said = pykern.explain("swiglu", OnCuda())
+        assert said == "swiglu: raises, because pykern has no CUDA kernels in this build"
+        return
+    said = pykern.explain("swiglu", OnCuda())
+    assert said.startswith("swiglu: CUDA kernel swiglu_forward, bfloat16, ") and said.endswith(_C.cuda_status())
+    said = pykern.explain("attention_weights", OnCuda())
+    assert said == "attention_weights: raises, because pykern has no CUDA kernel for it yet"
+    assert pykern.explain("merge_attention", OnCuda()).startswith("merge_attention: torch functions")
+
+
+def test_explain_knows_the_kernel_of_every_op():
+    """Each op's CUDA kernel is a function of the extension."""
+    from pykern.config import _KERNELS
+
+    for op in (name for name, module in pykern._NAMES.items() if module == "pykern.ops"):
+        kernel = _KERNELS.get(op, "attention_forward")
+        assert kernel is None or hasattr(_C, kernel.format(op=op)), op
+
+
 def test_explain_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"^explain: 'convolution' is not one of .*gelu, .*swiglu"):
         pykern.explain("convolution", torch.ones(3))

@@ -2,7 +2,10 @@
 
 #include <pybind11/numpy.h>
 
+#include <atomic>
+
 #include "bind/dlpack_abi.h"
+#include "core/device.h"
 
 namespace pykern {
 
@@ -144,12 +147,24 @@ static py::object call_dlpack(py::handle array, const char* op, const char* name
   }
 }
 
+void require_cuda(const char* kernel) {
+  static std::atomic<bool> usable{false};  // once it is, it stays so
+  if (usable.load(std::memory_order_relaxed)) return;
+  const CudaStatus status = cuda_status();
+  PYKERN_CHECK(runtime, status.usable || !status.built, kernel, ": the CUDA kernels of pykern are ",
+               status.sentence);
+  usable.store(true, std::memory_order_relaxed);
+}
+
 Borrowed::Borrowed(py::handle array, const char* op, const char* name) {
   if (const auto* api = exchange_api(Py_TYPE(array.ptr()))) {
     dlpack::View view;
     if (api->view_from_object(array.ptr(), &view) != 0)
       fail_to_borrow(py::error_already_set(), op, name);
     tensor_ = from_view(view, false, op, name);
+    if (tensor_.device == Device::cuda && api->current_stream &&
+        api->current_stream(dlpack::kCUDA, tensor_.device_index, &tensor_.stream) != 0)
+      fail_to_borrow(py::error_already_set(), op, name);
     path_ = "exchange";
   } else if (py::isinstance<py::array>(array)) {
     tensor_ = from_numpy(py::reinterpret_borrow<py::array>(array), op, name);

@@ -33,19 +33,24 @@ class Optional : public Borrowed {
       : Borrowed(array.is_none() ? Borrowed{} : Borrowed{array, op, name}) {}
 };
 
-// Checks op, then runs it where its first tensor lives, without the GIL.
+// RuntimeError that says why, unless CUDA kernels can run.
+void require_cuda(const char* kernel);
+
+// Checks op, then runs it where its first tensor lives, without the GIL; on CUDA in the stream of
+// its framework.
 template <class Op>
-void run(const Op& op, const Tensor& first, void (*on_cpu)(const Op&),
+void run(const char* kernel, const Op& op, const Tensor& first, void (*on_cpu)(const Op&),
          void (*on_cuda)(const Op&, Stream)) {
   check(op);
+  if (first.device == Device::cuda) require_cuda(kernel);
   py::gil_scoped_release unlocked;
   if (first.device == Device::cpu)
     on_cpu(op);
   else
-    on_cuda(op, nullptr);
+    on_cuda(op, first.stream);
 }
 
 }  // namespace pykern
 
 #define PYKERN_RUN(kernel, op, first) \
-  ::pykern::run((op), (first), ::pykern::cpu::kernel, ::pykern::cuda::kernel)
+  ::pykern::run(#kernel, (op), (first), ::pykern::cpu::kernel, ::pykern::cuda::kernel)

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "bind/borrow.h"
+#include "core/device.h"
+#include "ops/all.h"
 #include "runtime/runtime.h"
 
 namespace pykern {
@@ -64,7 +66,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("pairs_bf16", runtime::pairs_bf16);
   m.def("num_threads", runtime::threads);
   m.def("set_num_threads", runtime::set_threads, py::arg("n"));
-  m.def("cuda_status", runtime::cuda_status);
+  m.def("cuda_status", [] { return cuda_status().sentence; });
+  m.def("cuda_kernels", [] {
+    std::vector<std::string> names;
+    if (!cuda_status().built) return names;
+#define PYKERN_NAME(kernel, Op) names.emplace_back(#kernel);
+    PYKERN_CUDA_OPS(PYKERN_NAME)
+#undef PYKERN_NAME
+    return names;
+  });
   m.def(
       "borrow_path",
       [](py::handle array) { return Borrowed(array, "borrow_path", "array").path(); },

@@ -10,6 +10,8 @@ enum class Device : uint8_t { cpu, cuda };
 
 constexpr int kMaxRank = 8;
 
+using Stream = void*;  // cudaStream_t on CUDA, unused on CPU
+
 struct Tensor {
   void* data = nullptr;
   int64_t size[kMaxRank] = {};
@@ -19,10 +21,9 @@ struct Tensor {
   Device device = Device::cpu;
   int device_index = 0;
   bool readonly = false;
-  bool given = false;  // false: the optional argument was None
+  bool given = false;       // false: the optional argument was None
+  Stream stream = nullptr;  // on CUDA: the one in which its framework works at the moment
 };
-
-using Stream = void*;  // cudaStream_t on CUDA, unused on CPU
 
 // What a CPU kernel reports: kernels do not throw.
 enum class Status : uint8_t { ok, out_of_memory };

@@ -15,13 +15,30 @@
 #include "ops/sampling.h"
 #include "ops/softmax.h"
 
-// X(kernel, argument struct), a line per kernel
+// X(kernel, argument struct), a line per kernel. Those with a CUDA kernel:
 // clang-format off
-#define PYKERN_OPS(X) \
+#define PYKERN_CUDA_OPS(X) \
+  X(layer_norm_forward, LayerNormForward) \
+  X(layer_norm_backward, LayerNormBackward) \
+  X(rms_norm_forward, RmsNormForward) \
+  X(rms_norm_backward, RmsNormBackward) \
+  X(softmax_forward, SoftmaxForward) \
+  X(softmax_backward, SoftmaxBackward) \
   X(activation_forward, ActivationForward) \
   X(activation_backward, ActivationBackward) \
   X(swiglu_forward, SwigluForward) \
   X(swiglu_backward, SwigluBackward) \
+  X(adamw, AdamW) \
+  X(square_sum, SquareSum) \
+  X(cross_entropy_forward, CrossEntropyForward) \
+  X(cross_entropy_backward, CrossEntropyBackward) \
+  X(rope, Rope) \
+  X(embedding_forward, EmbeddingForward) \
+  X(embedding_backward, EmbeddingBackward) \
+  /* end of the list */
+
+// Those that run on the CPU only:
+#define PYKERN_CPU_OPS(X) \
   X(linear_forward, LinearForward) \
   X(linear_backward, LinearBackward) \
   X(mlp_forward, MlpForward) \
@@ -31,14 +48,6 @@
   X(attention_weights, AttentionWeights) \
   X(attention_dropout, AttentionDropout) \
   X(attention_with_kvcache, DecodeForward) \
-  X(adamw, AdamW) \
-  X(square_sum, SquareSum) \
-  X(layer_norm_forward, LayerNormForward) \
-  X(layer_norm_backward, LayerNormBackward) \
-  X(rms_norm_forward, RmsNormForward) \
-  X(rms_norm_backward, RmsNormBackward) \
-  X(cross_entropy_forward, CrossEntropyForward) \
-  X(cross_entropy_backward, CrossEntropyBackward) \
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
@@ -46,12 +55,11 @@
   X(lm_step, LmStep) \
   X(lm_generate, LmGenerate) \
   X(sample, Sample) \
-  X(rope, Rope) \
-  X(softmax_forward, SoftmaxForward) \
-  X(softmax_backward, SoftmaxBackward) \
-  X(embedding_forward, EmbeddingForward) \
-  X(embedding_backward, EmbeddingBackward) \
   /* end of the list */
+
+#define PYKERN_OPS(X) \
+  PYKERN_CUDA_OPS(X) \
+  PYKERN_CPU_OPS(X)
 // clang-format on
 
 namespace pykern {

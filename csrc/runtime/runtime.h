@@ -1,4 +1,4 @@
-// What the process chose: the ISA, the thread count, whether CUDA can run.
+// What the process chose: the ISA and the thread count.
 #pragma once
 #include <string>
 #include <utility>
@@ -13,7 +13,5 @@ std::vector<std::pair<std::string, bool>> isas();  // built in, best first; does
 
 int threads();                // of the next kernel; 1 in a forked child
 void set_threads(int count);  // 0: what OpenMP says on the calling thread, as torch sets it
-
-std::string cuda_status();
 
 }  // namespace pykern::runtime

@@ -1,0 +1,87 @@
+// Sums and maxima over a warp and over a block, in an order that the number of threads fixes.
+#pragma once
+#include <math.h>
+
+#include "cuda/launch.h"
+#include "cuda/types.cuh"
+
+namespace pykern::cuda {
+
+// Sums of float32 in double, where their error would show: the four numbers of a pack in float, so
+// there is one addition in double for them.
+template <class T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<float> {
+  using type = double;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <class T>
+using Sum = typename SumOf<T>::type;
+
+template <class C, int n>
+__device__ __forceinline__ C added(const C (&x)[n]) {  // in pairs
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    C half[n / 2];
+#pragma unroll
+    for (int j = 0; j < n / 2; ++j) half[j] = x[j] + x[j + n / 2];
+    return added(half);
+  }
+}
+
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kMaxWarps = 32;  // of a block
+
+struct Add {
+  static constexpr float kNothing = 0.0f;
+  template <class C>
+  __device__ __forceinline__ C operator()(C a, C b) const {
+    return a + b;
+  }
+};
+struct Larger {  // a NaN wins
+  static constexpr float kNothing = -INFINITY;
+  template <class C>
+  __device__ __forceinline__ C operator()(C a, C b) const {
+    return a > b || a != a ? a : b;
+  }
+};
+
+template <class C, class Join>
+__device__ __forceinline__ C across_warp(C x, Join join) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = join(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+// What a block needs to reduce n numbers at a time.
+template <class C, int n>
+struct BlockScratch {
+  C partial[n][kMaxWarps];
+};
+
+// Each x[i] becomes its reduction over the block, for every thread.
+template <class C, int n, class Join>
+__device__ __forceinline__ void across_block(C (&x)[n], BlockScratch<C, n>& scratch, Join join) {
+  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = across_warp(x[i], join);
+  if (warps == 1) return;
+  __syncthreads();  // the last reduction has been read
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (lane == 0) scratch.partial[i][warp] = x[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    x[i] = across_warp(lane < warps ? scratch.partial[i][lane] : C(Join::kNothing), join);
+}
+
+}  // namespace pykern::cuda
