@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ISAS ?=
-SOURCES = $(shell find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+SOURCES = $(shell find csrc tests/cuda_emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: all demo test bench lint format inplace clean
 all: $(VENV)/ready
@@ -13,7 +13,8 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[lm,course,hf,test]"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -C cmake.define.PYKERN_EMULATION=ON \
+	  -e ".[lm,course,hf,test]"
 	touch $@
 
 demo: $(VENV)/ready
@@ -37,7 +38,7 @@ format: $(VENV)/ready
 # Builds the extension into pykern/ for work on the kernels, with the packages that PYTHON has.
 inplace:
 	cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(shell command -v $(PYTHON)) \
-	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) $(if $(ISAS),"-DPYKERN_ISAS=$(ISAS)") \
+	  -Dpybind11_DIR=$$($(PYTHON) -m pybind11 --cmakedir) -DPYKERN_EMULATION=ON $(if $(ISAS),"-DPYKERN_ISAS=$(ISAS)") \
 	  $(if $(shell command -v ccache),-DCMAKE_CXX_COMPILER_LAUNCHER=ccache) >/dev/null
 	cmake --build build/inplace
 	cp --remove-destination build/inplace/_C*.so pykern/  # a process may be running the old one

@@ -1,0 +1,29 @@
+// The runtime of the emulated extension: every op goes to its CUDA kernel, whatever the device of
+// its tensors, and those that have none refuse.
+#include "runtime/runtime.h"
+
+#include "core/device.h"
+#include "core/error.h"
+#include "ops/all.h"
+
+namespace pykern {
+
+namespace cpu {
+#define PYKERN_EMULATE(kernel, Op) \
+  void kernel(const Op& op) { cuda::kernel(op, nullptr); }
+PYKERN_OPS(PYKERN_EMULATE)
+#undef PYKERN_EMULATE
+}  // namespace cpu
+
+CudaStatus cuda_status() { return {.built = true, .usable = true, .sentence = "emulated"}; }
+
+namespace runtime {
+const char* isa() { return "emulated"; }
+int panel_width() { return 16; }
+bool pairs_bf16() { return false; }
+std::vector<std::pair<std::string, bool>> isas() { return {{"emulated", true}}; }
+int threads() { return 1; }
+void set_threads(int) {}
+}  // namespace runtime
+
+}  // namespace pykern

@@ -1,0 +1,231 @@
+"""The CUDA kernels on the emulator (tests/cuda_emulation): its own eyes, changed kernels, every room's tests.
+
+It needs no GPU. What only hardware shows, that ptx.cuh means what the emulator does, is for tests/test_cuda_gpu.py.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.one_isa
+ROOT = Path(__file__).parent.parent
+EMULATOR = ROOT / "tests/cuda_emulation"
+INCLUDES = [f"-I{EMULATOR}", f"-I{ROOT / 'csrc'}"]
+
+
+def compiled(target, *arguments):
+    command = ["g++", "-std=c++20", *map(str, arguments), "-o", str(target)]
+    run = subprocess.run(command, text=True, capture_output=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return target
+
+
+def said(program, *arguments, seed=1):
+    """(what the program printed, how it ended)."""
+    env = {**os.environ, "PYKERN_EMULATION_SEED": str(seed), "ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run([program, *arguments], text=True, capture_output=True, timeout=300, env=env)
+    return (run.stdout + run.stderr).strip(), run.returncode
+
+
+# ---- what the emulator sees
+
+# What a faulty kernel of faults.cpp gives: wrong numbers, a Fault with these words, or a signal.
+FAULTS = {
+    "barrier": "wrong",
+    "second_barrier": "wrong",
+    "wait": "wrong",
+    "barrier_after_wait": "wrong",
+    "pending": "wrong",
+    "divergent": r"divergent: thread \d+ is at faults.cpp:\d+ while others of its group wait at faults.cpp:\d+",
+    "lane": r"deadlock in block \(0, 0, 0\): thread \d+ waits at reduce.cuh:\d+ for its warp.* 4 of 128 threads .*",
+    "thread": "wrong",
+    "too_little_shared": "the kernel uses 512 bytes of shared memory, the launch asked for 64",
+    "alignment": "an asynchronous copy of 16 bytes is not aligned",
+    "rows": "wrong",
+    "threads": "a block of 100 threads: no whole warps",
+}
+SIGNALLED = {"beyond": -11}  # a page behind shared memory that must not be touched
+SANITIZED = {"beyond_global": "heap-buffer-overflow"}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """The program with the small kernels, and the same with the address sanitizer."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the emulator's own tests")
+    folder = tmp_path_factory.mktemp("faults")
+    sources = [*INCLUDES, EMULATOR / "faults.cpp", EMULATOR / "emulator.cpp"]
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(compiled, folder / "faults", "-O1", *sources)
+        sanitized = pool.submit(compiled, folder / "sanitized", "-O1", "-g", "-fsanitize=address", *sources)
+        return plain.result(), sanitized.result()
+
+
+def test_every_scene_is_known(faults):
+    listed, _ = said(faults[0])
+    assert listed.split() and set(listed.split()) == {*FAULTS, *SIGNALLED, *SANITIZED}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_right_kernels_are_right(faults, seed):
+    for name in {*FAULTS, *SIGNALLED, *SANITIZED}:
+        assert said(faults[0], name, "right", seed=seed) == ("right", 0), name
+    for name in SANITIZED:
+        assert said(faults[1], name, "right", seed=seed) == ("right", 0), name
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_seen(faults, name, seed):
+    text, status = said(faults[0], name, "wrong", seed=seed)
+    assert status == 0 and re.fullmatch(FAULTS[name], text, re.DOTALL), text
+
+
+def test_memory_outside_is_not_touched_unseen(faults):
+    assert said(faults[0], "beyond", "wrong") == ("", SIGNALLED["beyond"])
+    text, status = said(faults[1], "beyond_global", "wrong")
+    assert status != 0 and SANITIZED["beyond_global"] in text
+
+
+# ---- kernels with one line changed
+
+# A __syncwarp beside a shuffle or a vote is not seen: on the emulator these bring the warp together themselves.
+BARRIERS = re.compile(r"__syncthreads\(\);")
+WRONG = {  # file: (what stands there, what is put in its place)
+    "norm.cu": [("share[pieces.D + first + j]", "share[first + j]"), ("dx[j] = (g - mean_g", "dx[j] = (g")],
+    "pieces.cuh": [("threadIdx.x % kWarp) * kPack", "threadIdx.x % kWarp + 1) * kPack")],
+    "reduce.cuh": [("step = kWarp / 2", "step = kWarp / 4")],
+    "sort.cuh": [("(1u << lane) - 1", "(2u << lane) - 1"), ("shift += kDigitBits", "shift += 2 * kDigitBits")],
+    "embedding.cu": [("a.sorted[begin - 1].key == token", "false")],
+}
+
+
+def changes():
+    """Each barrier of the shared files taken away, and some indices that are off: {name: (file, text)}."""
+    found = {}
+    for file in ("reduce.cuh", "sort.cuh", "norm.cu"):
+        text = (ROOT / "csrc/cuda" / file).read_text()
+        for i, barrier in enumerate(BARRIERS.finditer(text)):
+            found[f"{file}, barrier {i}"] = (file, text[: barrier.start()] + text[barrier.end() :])
+    for file, replacements in WRONG.items():
+        text = (ROOT / "csrc/cuda" / file).read_text()
+        for old, new in replacements:
+            assert text.count(old) == 1, f"{file} no longer has one {old!r}"
+            found[f"{file}, {new!r}"] = (file, text.replace(old, new))
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile changed kernels")
+    folder = tmp_path_factory.mktemp("objects")
+    emulator = compiled(folder / "emulator.o", "-O1", "-c", *INCLUDES, EMULATOR / "emulator.cpp")
+    check = compiled(folder / "check.o", "-O0", "-c", *INCLUDES, ROOT / "csrc/ops/check.cpp")
+    return emulator, check
+
+
+def outcome(folder, change, objects):
+    """What mutant.cpp says of the kernels with one file changed."""
+    (folder / "cuda").mkdir(parents=True)
+    if change is not None:
+        file, text = change
+        (folder / "cuda" / file).write_text(text)
+    program = compiled(folder / "mutant", "-O0", f"-I{folder}", *INCLUDES, EMULATOR / "mutant.cpp", *objects)
+    return said(program)
+
+
+@pytest.mark.slow
+def test_changed_kernels_are_seen(objects, tmp_path):
+    """A removed barrier or a wrong index makes results wrong, or is a Fault; the kernels as they are pass."""
+    cases = {"unchanged": None, **changes()}
+    assert sum("barrier" in name for name in cases) >= 7
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        folders = [tmp_path / str(i) for i in range(len(cases))]
+        results = dict(zip(cases, pool.map(outcome, folders, cases.values(), [objects] * len(cases)), strict=True))
+    text, status = results.pop("unchanged")
+    assert status == 0 and float(text) < 1.0, text
+
+    def passes(text, status):
+        try:
+            return status == 0 and float(text) < 1.0
+        except ValueError:
+            return False
+
+    unseen = [name for name, result in results.items() if passes(*result)]
+    assert unseen == [], {name: results[name] for name in unseen}
+
+
+# ---- the tests of each room, on the CUDA kernels
+
+ROOMS = {  # the kernels that make a room complete
+    "norm": "layer_norm_backward",
+    "softmax": "softmax_backward",
+    "activation": "swiglu_backward",
+    "rope": "rope",
+    "embedding": "embedding_backward",
+    "cross_entropy": "cross_entropy_backward",
+    "adamw": "adamw",
+}
+
+
+def extension():
+    """The emulated extension of the newest build, or a skip that says why there is none."""
+    found = sorted(ROOT.glob("build/*/emulated/_C*"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        pytest.skip(
+            "no emulated extension: it is built with -DPYKERN_EMULATION=ON, as `make test` and `make inplace` do"
+        )
+    sources = [
+        *(ROOT / "csrc/cuda").iterdir(),
+        *EMULATOR.rglob("*.cpp"),
+        *EMULATOR.rglob("*.h"),
+        *EMULATOR.rglob("*.cuh"),
+    ]
+    newer = [path.name for path in sources if path.stat().st_mtime > found[-1].stat().st_mtime]
+    assert not newer, f"the emulated extension is older than {', '.join(newer)}: build it again"
+    return found[-1]
+
+
+def emulated(*arguments, **env):
+    env = {**os.environ, "PYKERN_EMULATED": str(extension()), "OMP_NUM_THREADS": "1", **env}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(EMULATOR), env.get("PYTHONPATH", "")])
+    env.pop("PYKERN_ISA", None)
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, text=True, capture_output=True, timeout=1800)
+
+
+def test_the_extension_is_the_emulated_one():
+    code = "import emulated; from pykern import _C; print(_C.isa(), _C.cuda_status(), *_C.cuda_kernels())"
+    run = emulated("-c", code)
+    assert run.returncode == 0, run.stderr
+    isa, status, *kernels = run.stdout.split()
+    assert (isa, status) == ("emulated", "emulated")
+    assert set(ROOMS.values()) <= set(kernels)
+
+
+def test_an_op_without_a_cuda_kernel_refuses():
+    code = "import emulated, torch, pykern; q = torch.ones(1, 1, 2, 4); pykern.attention(q, q, q)"
+    run = emulated("-c", code)
+    assert run.returncode == 1
+    assert "RuntimeError: attention_forward: pykern has no CUDA kernel for it yet" in run.stderr
+
+
+@pytest.mark.slow
+def test_rooms_pass_on_the_emulator():
+    files = sorted({f"tests/{path.name}" for room in ROOMS for path in (ROOT / "tests").glob(f"test_{room}*.py")})
+    run = emulated(
+        *("-m", "pytest", "-p", "emulated", *files, "-m", "not one_isa", "-v", "--no-header", "--tb=short"),
+        *("-p", "no:cacheprovider", "-o", "addopts="),
+        PYKERN_TEST_EXAMPLES="5",
+        PYKERN_EMULATION_SEED="1",
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert "ran on isa emulated" in run.stdout
+    passed = [line for line in run.stdout.splitlines() if " PASSED" in line]
+    assert len(passed) > 200, run.stdout[-2000:]
