@@ -1,0 +1,64 @@
+"""The machine code of the CUDA kernels: no spills, 16-byte moves, registers, counts as recorded."""
+
+import json
+import re
+
+import pytest
+import sass
+
+from pykern import _C
+
+pytestmark = pytest.mark.one_isa
+
+
+@pytest.fixture(scope="module")
+def built():
+    if not _C.cuda_kernels():
+        pytest.skip(f"CUDA is {_C.cuda_status()}")
+    if sass.tools() is None:
+        pytest.skip("no cuobjdump, nvdisasm or c++filt: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    return sass.kernels(_C.__file__)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return json.loads(sass.GOLDEN.read_text())
+
+
+def test_nothing_spills(built):
+    assert len(built) > 50
+    spilled = {k: n for k, n in built.items() if n["stack"] or n["local"] or n["LDL"] or n["STL"]}
+    assert spilled == {}
+
+
+# Kernels that move no packs: they sort, add columns or partial sums, or copy single numbers.
+SCALAR = re.compile(r"column_sums|sort_|take_keys|add_partial")
+
+
+def test_packs_are_moved_16_bytes_at_a_time(built):
+    """The branch for aligned rows exists in every kernel that takes packs, for what it reads and what it writes."""
+    packed = {k: n for k, n in built.items() if not SCALAR.match(k)}
+    reads_none = [k for k, n in packed.items() if not n["LDG128"] and not k.startswith("zero_rows")]
+    writes_none = [k for k, n in packed.items() if not n["STG128"] and not re.match(r"square_sums|cross_entropy_f", k)]
+    assert (reads_none, writes_none) == ([], [])
+
+
+def test_registers_leave_room_for_the_block(built):
+    """64 Ki registers a processor: a block of 512 threads may have 128 each, one of 256 all 255."""
+    row = {k: n["registers"] for k, n in built.items() if re.match("norm_|softmax_|cross_entropy_", k)}
+    assert row and {k: n for k, n in row.items() if n > 128} == {}
+
+
+def test_counts_are_those_recorded(built, golden):
+    """To a tenth: another compiler may move an instruction, but a lost unrolling or a new branch shows."""
+    version = sass.compiler(_C.__file__)
+    if version != golden["compiler"]:
+        pytest.skip(f"the golden file is of ptxas {golden['compiler']}, these kernels of {version}")
+    assert set(built) == set(golden["kernels"]), "kernels came or went: PYTHONPATH=. python tests/sass.py --write"
+    differ = {}
+    for kernel, numbers in built.items():
+        for key, count in numbers.items():
+            recorded = golden["kernels"][kernel][key]
+            if abs(count - recorded) > recorded / 10:
+                differ[f"{kernel}: {key}"] = (recorded, count)
+    assert differ == {}, "recorded and built; if meant: PYTHONPATH=. python tests/sass.py --write"
