@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
-	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[lm,course,hf,test]"
+	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -e ".[lm,course,hf,test]" onnxruntime onnx
 	touch $@
 
 demo: $(VENV)/ready
@@ -23,6 +23,7 @@ test: $(VENV)/ready
 	$(RUN) -m pytest $(TESTS)
 
 bench: $(VENV)/ready
+	$(RUN) -m pip install -q -c constraints.txt onnxruntime onnx ctranslate2
 	$(RUN) -m benchmarks
 
 lint: $(VENV)/ready

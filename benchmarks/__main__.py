@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import pykern
-from benchmarks import report, roofline
+from benchmarks import report, rivals_decode, roofline
 
 BENCHES = ("attention", "linear", "mlp", "norm", "cross_entropy", "adamw", "decode", "train")
 SECONDS, QUICK_SECONDS = 2.0, 0.01  # for each contestant of a case
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     pykern.set_num_threads(options.threads)
     facts = report.machine()
+    if not options.only or "decode" in options.only:
+        facts |= {name: version for name, version in rivals_decode.versions().items() if version}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if float(str(facts["load before"])) > BUSY:
         print("warning: other programs are running; ratios are better than times, and neither is worth publishing")
@@ -63,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         if options.only and bench not in options.only:
             continue
         module = importlib.import_module(f"benchmarks.bench_{bench}")
-        print(f"\n{bench}: {module.__doc__.splitlines()[0]}\n{report.HEAD}")
+        print(f"\n{bench}: {module.__doc__.splitlines()[0]}")
+        for note in getattr(module, "notes", list)():
+            print(note)
+        print(report.HEAD)
         choices = {"compile_all": options.compile_all} if bench == "train" else {}
         for case in module.cases(options.quick, **choices):
             found = report.run(bench, case, roofs[-1], seconds)
