@@ -79,3 +79,14 @@ def test_rivals_that_are_not_installed_are_named_and_absent(monkeypatch, capsys)
 def test_with_every_rival_there_is_nothing_to_note(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.2")
     assert bench_decode.notes() == [] and set(rivals_decode.versions().values()) == {"1.2"}
+
+
+def test_case_and_dtype_choose():
+    cases = [*bench_decode.model_cases(QUICK, QUICK, QUICK)]
+
+    def left(*arguments):
+        return [case.name for case in cases if benchmarks.wanted(case, benchmarks.parse([*arguments]))]
+
+    assert left() == [case.name for case in cases]
+    assert left("--case", "step", "--dtype", "bfloat16") == ["tiny B2 step after 12"]
+    assert left("--case", "int4", "--case", "int8") == [name for name in left() if "weights" in name]
