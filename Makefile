@@ -9,12 +9,12 @@ SOURCES = $(shell find csrc tests/cuda_emulation -name "*.h" -o -name "*.cpp" -o
 all: $(VENV)/ready
 
 # Editable install: rebuilt when the build files or the kernels change.
-$(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
+$(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc tests/cuda_emulation -type f)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -C cmake.define.PYKERN_EMULATION=ON \
-	  -e ".[lm,course,hf,test]"
+	  -e ".[lm,course,hf,test]" onnxruntime onnx
 	touch $@
 
 demo: $(VENV)/ready
@@ -24,6 +24,7 @@ test: $(VENV)/ready
 	$(RUN) -m pytest $(TESTS)
 
 bench: $(VENV)/ready
+	$(RUN) -m pip install -q -c constraints.txt onnxruntime onnx ctranslate2
 	$(RUN) -m benchmarks
 
 lint: $(VENV)/ready

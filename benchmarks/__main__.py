@@ -1,4 +1,4 @@
-"""python -m benchmarks [--only NAME] [--threads N] [--quick] [--compile-all] [--json FILE]"""
+"""python -m benchmarks [--only NAME] [--case TEXT] [--dtype NAME] [--threads N] [--quick] [--json FILE], and more"""
 
 import argparse
 import importlib
@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 import pykern
-from benchmarks import report, roofline
+from benchmarks import report, rivals_decode, roofline
 
 BENCHES = ("attention", "linear", "mlp", "norm", "cross_entropy", "adamw", "decode", "train")
+DTYPES = tuple(roofline.short(dtype) for dtype in roofline.DTYPES)
 SECONDS, QUICK_SECONDS = 2.0, 0.01  # for each contestant of a case
 BUSY = 0.5  # load average above which a warning is printed
 
@@ -20,6 +21,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", choices=("roofline", *BENCHES), help="this part only; may be repeated"
     )
+    parser.add_argument("--case", action="append", metavar="TEXT", help="only cases named so; may be repeated")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only cases of this dtype; may be repeated")
     parser.add_argument(
         "--threads", type=int, default=pykern.get_num_threads(), help="of torch and pykern (default: %(default)s)"
     )
@@ -39,6 +42,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+def wanted(case: report.Case, options: argparse.Namespace) -> bool:
+    """Whether a case is one that --case and --dtype leave."""
+    named = options.case is None or any(text in case.name for text in options.case)
+    return named and (options.dtype is None or roofline.short(case.dtype) in options.dtype)
+
+
 def measure_roofs(options: argparse.Namespace) -> list[roofline.Roof]:
     """The roof at one thread and at --threads, the latter last. A single other part needs only its own thread count."""
     counts = {1, options.threads} if not options.only or "roofline" in options.only else {options.threads}
@@ -50,6 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     pykern.set_num_threads(options.threads)
     facts = report.machine()
+    if not options.only or "decode" in options.only:
+        facts |= {name: version for name, version in rivals_decode.versions().items() if version}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     if float(str(facts["load before"])) > BUSY:
         print("warning: other programs are running; ratios are better than times, and neither is worth publishing")
@@ -63,9 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         if options.only and bench not in options.only:
             continue
         module = importlib.import_module(f"benchmarks.bench_{bench}")
-        print(f"\n{bench}: {module.__doc__.splitlines()[0]}\n{report.HEAD}")
+        print(f"\n{bench}: {module.__doc__.splitlines()[0]}")
+        for note in getattr(module, "notes", list)():
+            print(note)
+        print(report.HEAD)
         choices = {"compile_all": options.compile_all} if bench == "train" else {}
         for case in module.cases(options.quick, **choices):
+            if not wanted(case, options):
+                continue
             found = report.run(bench, case, roofs[-1], seconds)
             rows += found
             for i, row in enumerate(found):

@@ -1,6 +1,7 @@
 """One token at a time: attention of a query against its cache, and a language model that reads and continues texts."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from benchmarks.bench_train import pykern_name
 from benchmarks.models import GPT2, SMALL, TINY, Model
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.report import OURS, Case, numbers
+from benchmarks.rivals_decode import Rival, missing, rivals
 from benchmarks.timing import in_turn
 from pykern.lm import Config, Session, Transformer
 
@@ -26,6 +28,7 @@ BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}  # of a ma
 PREFILLS = [(GPT2, 1, 512), (GPT2, 8, 128), (SMALL, 1, 512), (SMALL, 8, 128)]  # model, batch, tokens
 GENERATIONS = [(GPT2, 1, 128), (GPT2, 8, 128), (SMALL, 1, 128), (SMALL, 8, 128)]  # model, batch, new tokens
 STEPS = [(GPT2, 1, 1000), (GPT2, 8, 1000)]  # model, batch, context
+REST = 0.02  # seconds in which the threads of OpenMP and onnxruntime, which spin for milliseconds, fall asleep
 QUICK = [(TINY, 1, 20), (TINY, 8, 20)]
 
 
@@ -74,14 +77,15 @@ def attention_cases(shapes) -> Iterator[Case]:
                 )
 
 
-def twins(model: Model, B: int, dtype: str) -> tuple[Session, PlainGPT | None]:
-    """A session and, unless the dtype is one that torch has no eager kernels for, a plain model of its weights."""
+def twins(model: Model, B: int, dtype: str) -> tuple[Session, dict[str, Rival]]:
+    """A session, and the rivals of its weights that compute in this dtype."""
     torch.manual_seed(0)
     plain = PlainGPT(**model.sizes).eval()
     twin = Transformer(Config(**model.sizes))
     twin.load_state_dict({pykern_name(name): value for name, value in plain.state_dict().items()})
-    rival = plain.to(getattr(torch, dtype)) if dtype in ("float32", "bfloat16") else None
-    return twin.session(dtype, batch=B), rival
+    if dtype == "bfloat16":
+        plain = plain.bfloat16()
+    return twin.session(dtype, batch=B), rivals(plain, twin, B, dtype)
 
 
 def texts(model: Model, B: int, T: int) -> Tensor:
@@ -90,62 +94,42 @@ def texts(model: Model, B: int, T: int) -> Tensor:
 
 def build_prefill(model: Model, B: int, T: int, dtype: str):
     """Logits after the last of T tokens, in an empty cache."""
-    session, plain = twins(model, B, dtype)
+    session, others = twins(model, B, dtype)
     ids = texts(model, B, T)
 
     def ours():
         session.reset()
         return session.prefill(ids)
 
-    if plain is None:
-        return {OURS: ours}
-    caches = plain.caches(B, plain.wte.weight.dtype)
-
-    @torch.no_grad()
-    def theirs():
-        return F.linear(plain.hidden(ids, caches)[:, -1], plain.wte.weight)
-
-    return {OURS: ours, "torch": theirs}
+    return {OURS: ours} | {who: partial(rival.prefill, ids) for who, rival in others.items()}
 
 
 def build_generation(model: Model, B: int, n: int, dtype: str):
     """n tokens after the first, each the most likely one."""
-    session, plain = twins(model, B, dtype)
+    session, others = twins(model, B, dtype)
     ids = texts(model, B, 1)
 
     def ours():
         return session.generate(ids, max_new_tokens=n, temperature=0)
 
-    if plain is None:
-        return {OURS: ours}
-    caches = plain.caches(B, plain.wte.weight.dtype)
-
-    def theirs():
-        out = [ids[:, 0]]
-        for t in range(n):
-            out.append(plain.step(out[-1], caches, t).argmax(-1))
-        return torch.stack(out, 1)
-
-    return {OURS: ours, "torch": theirs}
+    return {OURS: ours} | {who: partial(rival.generate, ids, n) for who, rival in others.items()}
 
 
 def build_step(model: Model, B: int, context: int, dtype: str):
     """Each call is the step after `context` tokens: the token is forgotten again."""
-    session, plain = twins(model, B, dtype)
+    session, others = twins(model, B, dtype)
+    others = {who: rival for who, rival in others.items() if rival.steps}
     ids = texts(model, B, context + 1)
     session.prefill(ids[:, :context])
+    for rival in others.values():
+        rival.prefill(ids[:, :context])
 
     def ours():
         logits = session.step(ids[:, context])
         session.cache.truncate(context)
         return logits
 
-    if plain is None:
-        return {OURS: ours}
-    caches = plain.caches(B, plain.wte.weight.dtype)
-    with torch.no_grad():
-        plain.hidden(ids[:, :context], caches)
-    return {OURS: ours, "torch": lambda: plain.step(ids[:, context], caches, context)}
+    return {OURS: ours} | {who: partial(rival.step, ids[:, context], context) for who, rival in others.items()}
 
 
 def step_moved(model: Model, B: int, context: int, dtype: str) -> float:
@@ -178,9 +162,17 @@ def model_cases(prefills, generations, steps) -> Iterator[Case]:
                     moved,
                     lambda build=build, model=model, B=B, n=n, dtype=dtype: build(model, B, n, dtype),
                     working_set=step_moved(model, B, n, dtype),
+                    rest=REST,
                 )
 
 
 def cases(quick: bool) -> Iterator[Case]:
     yield from attention_cases(QUICK_SHAPES if quick else SHAPES)
     yield from model_cases(*((QUICK, QUICK, QUICK) if quick else (PREFILLS, GENERATIONS, STEPS)))
+
+
+def notes() -> list[str]:
+    """What a reader must know of the table: the rivals that are not in it."""
+    lacks = missing()
+    names = " ".join(dict.fromkeys(name for lacking in lacks.values() for name in lacking))
+    return [f"not installed, so not in the table: {', '.join(lacks)} (pip install {names})"] if lacks else []

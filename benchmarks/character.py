@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.bench_train import pykern_name
 from benchmarks.plain_gpt import PlainGPT
+from benchmarks.report import machine
 from pykern.lm import Config, Data, Trainer, TrainOptions, Transformer
 from pykern.lm.batches import validation_batches
 
@@ -122,19 +123,20 @@ def run(data: Data, steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.character", description=__doc__)
     parser.add_argument("--data", required=True, help="a text file; its end is held out")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE")
-    arguments = parser.parse_args()
+    parser.add_argument("--json", metavar="FILE", help="write all numbers here as well, with the machine")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    facts = machine()
     found = run(Data.load(arguments.data, "character"), arguments.steps)
     for name, value in found.items():
         print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
+        Path(arguments.json).write_text(json.dumps({"machine": facts} | found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ class Case:
     flops and moved (bytes) are counted from the shapes: every input read once, every output written once, neither what
     causal hides nor what is computed twice. flops 0: not worth counting beside the bytes. build() makes the inputs and
     returns a function per contestant, "pykern" first. working_set is what a run cycles through, if more than moved.
-    memory(functions) measures bytes per contestant, by name; the table shows the first of them.
+    memory(functions) measures bytes per contestant, by name; the table shows the first of them. rest: seconds of sleep
+    before every sample, for contestants that bring threads of their own.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Case:
     build: Callable[[], dict[str, Callable[[], object]]]
     working_set: float = 0.0
     memory: Callable[[dict[str, Callable[[], object]]], dict[str, dict[str, int]]] | None = None
+    rest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def with_gradients(function, inputs, out_gradient):
 def run(bench: str, case: Case, roof: Roof, seconds: float) -> list[Row]:
     """Times the contestants of a case for about `seconds` each."""
     functions = case.build()
-    timings = interleave(functions, seconds)
+    timings = interleave(functions, seconds, rest=case.rest)
     memory = case.memory(functions) if case.memory else {}
     least = roof.seconds(case.dtype, case.flops, case.moved, case.working_set or case.moved)
     return [

@@ -54,9 +54,16 @@ def _elapsed(function, calls: int, clock) -> float:
     return seconds
 
 
-def interleave(functions: dict[str, Callable[[], object]], seconds: float, clock=time.perf_counter) -> Timings:
+def interleave(
+    functions: dict[str, Callable[[], object]],
+    seconds: float,
+    clock=time.perf_counter,
+    rest: float = 0.0,
+    sleep=time.sleep,
+) -> Timings:
     """Times each function for about `seconds` in all, at least LEAST_ROUNDS rounds, in alternating order.
 
+    rest: seconds slept before every sample, in which threads that wait for more work of the last one stop spinning.
     RuntimeError when a sample takes no time at all.
     """
     calls = {}
@@ -66,7 +73,7 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, clock
         calls[name] = max(1, round(SAMPLE_SECONDS / _elapsed(function, 1, clock)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
-    budget = clock() + seconds * len(functions)
+    budget = clock() + seconds * len(functions)  # rests included
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -74,6 +81,8 @@ def interleave(functions: dict[str, Callable[[], object]], seconds: float, clock
         rounds = 0
         while rounds < LEAST_ROUNDS or (clock() < budget and rounds < MOST_ROUNDS):
             for name in order:
+                if rest > 0.0:
+                    sleep(rest)
                 samples[name].append(_elapsed(functions[name], calls[name], clock) / calls[name])
             order.reverse()
             rounds += 1

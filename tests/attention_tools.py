@@ -103,3 +103,42 @@ def op_arguments(op, **given):
     names = [argument.name for argument in op._schema.arguments]
     assert set(given) <= set(names), f"{op} has no argument {set(given) - set(names)}"
     return tuple(given.get(name, off.get(name)) for name in names)
+
+
+# ---- differentiated twice
+
+HIDDEN_ROW = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool()
+
+
+def small_inputs(T=3, S=4, D=2, E=3, B=1, H=2, G=1, dtype=torch.float64, bias=None, sinks=False, ragged=False):
+    """The differentiable inputs by name; bias is its shape."""
+    shapes = dict(q=(B, H, T, D), k=(B, G, S, D), v=(B, G, S, E))
+    if ragged:
+        shapes = dict(q=(T, H, D), k=(S, G, D), v=(S, G, E))
+    shapes |= {} if bias is None else dict(bias=bias)
+    shapes |= dict(sinks=(H,)) if sinks else {}
+    return {name: draw(*shape, dtype=dtype, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def gradients(attention, tensors, dout, dlse=None, create_graph=True, **options):
+    """The first gradients by name, differentiable in turn."""
+    out, lse = attention(**tensors, return_lse=True, **options)
+    outs, douts = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse.to(lse.dtype)])
+    found = torch.autograd.grad(outs, [*tensors.values()], douts, create_graph=create_graph)
+    return {f"d{name}": x for name, x in zip(tensors, found, strict=True)}
+
+
+def second(attention, tensors, dout, dlse=None, poison=None, **options):
+    """The gradients of sum(g * weights) over the first gradients g, by q, k, v, bias, sinks, dout and dlse.
+
+    poison(weights) changes the weights, which have the names and shapes of tensors.
+    """
+    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
+    given = {name: x.detach().requires_grad_() for name, x in (("dout", dout), ("dlse", dlse)) if x is not None}
+    first = gradients(attention, leaves, **given, **options)
+    weights = {name: draw(*x.shape, dtype=x.dtype, seed=20 + i) for i, (name, x) in enumerate(leaves.items())}
+    if poison is not None:
+        poison(weights)
+    wanted = leaves | given
+    found = torch.autograd.grad([*first.values()], [*wanted.values()], [*weights.values()], materialize_grads=True)
+    return {f"dd{name}": x for name, x in zip(wanted, found, strict=True)}

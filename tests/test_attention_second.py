@@ -1,9 +1,10 @@
-"""attention differentiated twice: finite differences of its gradients, the formula, NaN, memory, torch's machinery."""
+"""attention differentiated twice: finite differences of its gradients, the formula, NaN, memory."""
 
 import math
 
 import pytest
 import torch
+from attention_tools import HIDDEN_ROW, gradients, second, small_inputs
 from tools import draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,45 +18,9 @@ pytestmark = (
     pytest.mark.one_isa
 )  # the second derivative is computed by torch; the first one's bits are tested elsewhere
 
-HIDDEN_ROW = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [1, 0, 1, 1]]).bool()
-
-
-def inputs(T=3, S=4, D=2, E=3, B=1, H=2, G=1, dtype=torch.float64, bias=None, sinks=False, ragged=False):
-    """The differentiable inputs by name; bias is its shape."""
-    shapes = dict(q=(B, H, T, D), k=(B, G, S, D), v=(B, G, S, E))
-    if ragged:
-        shapes = dict(q=(T, H, D), k=(S, G, D), v=(S, G, E))
-    shapes |= {} if bias is None else dict(bias=bias)
-    shapes |= dict(sinks=(H,)) if sinks else {}
-    return {name: draw(*shape, dtype=dtype, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-
 
 def finite_lse(lse):
     return lse.masked_fill(lse.isneginf(), 0.0)
-
-
-def gradients(attention, tensors, dout, dlse=None, create_graph=True, **options):
-    """The first gradients by name, differentiable in turn."""
-    out, lse = attention(**tensors, return_lse=True, **options)
-    outs, douts = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse.to(lse.dtype)])
-    found = torch.autograd.grad(outs, [*tensors.values()], douts, create_graph=create_graph)
-    return {f"d{name}": x for name, x in zip(tensors, found, strict=True)}
-
-
-def second(attention, tensors, dout, dlse=None, poison=None, **options):
-    """The gradients of sum(g * weights) over the first gradients g, by q, k, v, bias, sinks, dout and dlse.
-
-    poison(weights) changes the weights, which have the names and shapes of tensors.
-    """
-    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    given = {name: x.detach().requires_grad_() for name, x in (("dout", dout), ("dlse", dlse)) if x is not None}
-    first = gradients(attention, leaves, **given, **options)
-    weights = {name: draw(*x.shape, dtype=x.dtype, seed=20 + i) for i, (name, x) in enumerate(leaves.items())}
-    if poison is not None:
-        poison(weights)
-    wanted = leaves | given
-    found = torch.autograd.grad([*first.values()], [*wanted.values()], [*weights.values()], materialize_grads=True)
-    return {f"dd{name}": x for name, x in zip(wanted, found, strict=True)}
 
 
 # ---- against finite differences of the kernel's gradients
@@ -126,7 +91,7 @@ OUT_ALONE = ("plain", "mask", "everything", "everything ragged")  # no gradient 
 @pytest.mark.parametrize("name, with_lse", [*((name, True) for name in CASES), *((name, False) for name in OUT_ALONE)])
 def test_gradgradcheck(name, with_lse):
     shape, options = CASES[name]
-    check_second(inputs(**shape), with_lse, **options)
+    check_second(small_inputs(**shape), with_lse, **options)
 
 
 @pytest.fixture
@@ -147,7 +112,7 @@ def blocks_of_two(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_of_rows_add_up(name, blocks_of_two, monkeypatch):
     shape, options = CASES[name]
-    tensors = inputs(**shape)
+    tensors = small_inputs(**shape)
     out, lse = pykern.attention(**tensors, return_lse=True, **options)
     dout, dlse = draw(*out.shape, seed=8), draw(*lse.shape, seed=9)
     pieces = second(pykern.attention, tensors, dout, dlse, **options)
@@ -162,7 +127,7 @@ def test_blocks_of_rows_add_up(name, blocks_of_two, monkeypatch):
 
 @pytest.mark.parametrize("T, S, H, G", [(0, 4, 2, 1), (3, 0, 2, 1), (3, 4, 0, 0), (3, 4, 0, 2)])
 def test_nothing_to_do(T, S, H, G):
-    tensors = inputs(T, S, H=H, G=G, sinks=True)
+    tensors = small_inputs(T, S, H=H, G=G, sinks=True)
     found = second(pykern.attention, tensors, draw(1, H, T, 3), draw(1, H, T))
     for name, x in tensors.items():
         assert found[f"dd{name}"].shape == x.shape and (found[f"dd{name}"] == 0).all()
@@ -183,7 +148,7 @@ FORMULA = {
 def test_ratio_rule(name, dtype):
     """Each second gradient is at most 3 times as far from float64 as torch's double backward of the formula."""
     shape, options = FORMULA[name]
-    tensors = inputs(24, 60, D=16, E=24, B=2, H=12, G=4, **shape) | dict(dout=draw(2, 12, 24, 24, seed=8))
+    tensors = small_inputs(24, 60, D=16, E=24, B=2, H=12, G=4, **shape) | dict(dout=draw(2, 12, 24, 24, seed=8))
 
     def of(attention):
         return lambda dout, **leaves: gradients(attention, leaves, dout, **options)
@@ -207,7 +172,7 @@ def test_gradient_penalty(dtype):
 
     found = {}
     for attention, kind in ((pykern.attention, dtype), (reference.attention, torch.float64)):
-        leaves = [x.to(kind).requires_grad_() for x in inputs(30, 50, D=8, B=2, H=4, G=2, dtype=dtype).values()]
+        leaves = [x.to(kind).requires_grad_() for x in small_inputs(30, 50, D=8, B=2, H=4, G=2, dtype=dtype).values()]
         loss(attention, *leaves).backward()
         found[attention] = [x.grad for x in leaves]
     for name, ours, exact in zip("qkv", *found.values(), strict=True):
@@ -243,7 +208,7 @@ def test_what_nobody_sees_has_no_effect(poison):
     mask = torch.rand(4, T, S, generator=torch.Generator().manual_seed(0)) < 0.6
     mask[..., [0, 7]] = False
     mask[:, 2] = False
-    tensors = inputs(T, S, D=3, B=2, H=4, G=2, bias=(4, T, S), sinks=True)
+    tensors = small_inputs(T, S, D=3, B=2, H=4, G=2, bias=(4, T, S), sinks=True)
     tensors["sinks"][:] = -math.inf  # a sink that takes nothing, so that there are rows without any weight
     dout, dlse = draw(2, 4, T, 3, seed=8), draw(2, 4, T, seed=9)
     options = dict(mask=mask, softcap=1.5, window=(6, 6))
@@ -281,7 +246,7 @@ def test_a_nan_reaches_only_what_sees_it(tensor, of_weights):
     keys = mask[rows].any(0)
     others = mask[~rows].any(0) & ~keys
     assert others.any() and not rows.all()
-    given = inputs(T, S, D=3, B=2, H=4, G=2) | dict(dout=draw(2, 4, T, 3, seed=8), dlse=draw(2, 4, T, seed=9))
+    given = small_inputs(T, S, D=3, B=2, H=4, G=2) | dict(dout=draw(2, 4, T, 3, seed=8), dlse=draw(2, 4, T, seed=9))
     clean = second(pykern.attention, **split(given), mask=mask)
 
     def spoil(tensors):
@@ -307,7 +272,7 @@ def split(given):
 
 
 def test_a_bias_of_minus_infinity_is_a_mask():
-    tensors, dout = inputs(bias=(3, 4)), draw(1, 2, 3, 3, seed=8)
+    tensors, dout = small_inputs(bias=(3, 4)), draw(1, 2, 3, 3, seed=8)
     mask = HIDDEN_ROW & torch.tensor([1, 0, 1, 1]).bool()  # key 1 is hidden from all: it may be NaN
     masked = second(pykern.attention, tensors, dout, mask=mask)
     tensors["bias"] = tensors["bias"].masked_fill(~mask, -math.inf)
@@ -346,76 +311,10 @@ def test_no_array_of_all_scores(monkeypatch, options):
 
 
 def test_an_ordinary_backward_makes_no_graph_and_the_same_bits():
-    tensors = {name: x.requires_grad_() for name, x in inputs(20, 90, D=8, bias=(20, 90), sinks=True).items()}
+    tensors = {name: x.requires_grad_() for name, x in small_inputs(20, 90, D=8, bias=(20, 90), sinks=True).items()}
     dout, dlse = draw(1, 2, 20, 3, seed=8), draw(1, 2, 20, seed=9)
     plain = gradients(pykern.attention, tensors, dout, dlse, create_graph=False, causal=True)
     twice = gradients(pykern.attention, tensors, dout, dlse, create_graph=True, causal=True)
     for name, x in plain.items():
         assert x.grad_fn is None and twice[name].grad_fn is not None
         assert_bitwise(x, twice[name], name=name)
-
-
-# ---- torch's machinery
-
-
-def test_a_third_derivative_is_refused():
-    q, k, v = (x.requires_grad_() for x in inputs().values())
-    (dq,) = torch.autograd.grad(pykern.attention(q, k, v).square().sum(), q, create_graph=True)
-    (ddk,) = torch.autograd.grad(dq.square().sum(), k, create_graph=True)
-    with pytest.raises(RuntimeError, match="pykern::attention has no third derivative"):
-        ddk.sum().backward()
-
-
-def test_only_some_inputs_require_grad():
-    """Each alone gets what it gets among all."""
-    tensors, dout = inputs(bias=(3, 4), sinks=True), draw(1, 2, 3, 3, seed=8)
-
-    def penalty(leaves):
-        first = gradients(pykern.attention, {n: x for n, x in leaves.items() if x.requires_grad}, dout, **constant)
-        return sum(g.square().sum() for g in first.values())
-
-    for name in tensors:
-        constant = {n: x for n, x in tensors.items() if n != name}
-        leaf = tensors[name].detach().requires_grad_()
-        alone = torch.autograd.grad(penalty({name: leaf}), leaf, materialize_grads=True)[0]
-        exact_leaf = leaf.detach().requires_grad_()
-        out = reference.attention(**constant, **{name: exact_leaf})
-        (g,) = torch.autograd.grad(out, exact_leaf, dout, create_graph=True)
-        exact = (
-            torch.autograd.grad(g.square().sum(), exact_leaf, materialize_grads=True)[0]
-            if g.requires_grad
-            else torch.zeros_like(leaf)  # out is linear in v
-        )
-        assert_close(alone, exact, name=name, gradient=True)
-
-
-def test_under_checkpointing():
-    from torch.utils.checkpoint import checkpoint
-
-    def checkpointed(q, k, v, return_lse):
-        return checkpoint(lambda *x: pykern.attention(*x, causal=True, return_lse=True), q, k, v, use_reentrant=False)
-
-    tensors, dout, dlse = inputs(), draw(1, 2, 3, 3, seed=8), draw(1, 2, 3, seed=9)
-    plain = second(pykern.attention, tensors, dout, dlse, causal=True)
-    for name, x in second(checkpointed, tensors, dout, dlse).items():
-        assert_bitwise(x, plain[name], name=name)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    """Of both derivatives: schema, autograd, fake and symbolic tracing, through the second backward, too."""
-    tensors = inputs(B=2, dtype=dtype, bias=(1, 2, 1, 4), sinks=True)
-    q, k, v, bias, sinks = (x.requires_grad_() for x in tensors.values())
-    mask, seed = HIDDEN_ROW.expand(2, 1, 3, 4), torch.tensor([3])
-    options = (mask, bias, torch.ones(2, 2), sinks, None, None, seed, 2, 1, 0.5, 1.5, 0.3)
-    ops = torch.ops.pykern
-    torch.library.opcheck(ops.attention.default, (q, k, v, *options))
-    out, lse = (x.detach() for x in ops.attention(q, k, v, *options))
-    dout = draw(*out.shape, dtype=dtype).requires_grad_()
-    for dlse in (None, torch.ones_like(lse).requires_grad_()):
-        arguments = (q, k, v, out, lse, dout, dlse, True, True, *options)
-        torch.library.opcheck(ops.attention_backward.default, arguments)
-        rest = [x.detach() for x in (dout, q, k, v, bias, sinks)]
-        plain = [x.detach() if isinstance(x, torch.Tensor) else x for x in (q, k, v, dout, dlse)]
-        options_ = [x.detach() if isinstance(x, torch.Tensor) else x for x in options]
-        torch.library.opcheck(ops.attention_second.default, (*plain, *rest[1:], *options_))

@@ -2,8 +2,6 @@
 
 import gc
 import json
-import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +25,6 @@ from benchmarks.__main__ import BENCHES
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.roofline import Roof, size_text
 from benchmarks.timing import LEAST_ROUNDS, MOST_ROUNDS, Timings, in_turn, interleave
-from pykern.cli import main
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.one_isa
@@ -83,6 +80,18 @@ def test_short_functions_are_repeated_and_rounds_are_bounded():
     assert timings.median("a") == pytest.approx(1e-5)
     slow = Clock()
     assert len(interleave({"a": slow.takes("a", 100.0)}, 1.0, slow).seconds["a"]) == LEAST_ROUNDS
+
+
+def test_a_rest_before_every_sample_is_not_timed():
+    clock, rests = Clock(), []
+
+    def sleep(seconds):
+        rests.append(len(clock.calls))
+        clock.now += seconds
+
+    timings = interleave({"a": clock.takes("a", 0.5), "b": clock.takes("b", 1.5)}, 10.0, clock, 0.25, sleep)
+    assert timings.median("a") == 0.5 and timings.median("b") == 1.5
+    assert rests == [*range(6, len(clock.calls))] and len(rests) == 2 * len(timings.seconds["a"])
 
 
 def test_a_function_that_takes_no_time_is_refused_and_collection_goes_on():
@@ -219,26 +228,6 @@ def test_all_contestants_of_a_case_compute_the_same():
                 assert worst <= bound, f"{case.name} {case.dtype} {who}: {worst} of {scale}"
 
 
-def test_a_session_and_its_rival_compute_the_same():
-    """Logits of prefill and step are compared; greedy tokens in float32 only, where no two logits are close."""
-    quick = [(models.TINY, 2, 12)]
-    found = {"int8": 0, "int4": 0, "torch": 0}
-    for case in bench_decode.model_cases(quick, quick, quick):
-        results = {who: function() for who, function in case.build().items()}
-        ours, theirs = results[report.OURS], results.get("torch")
-        assert ours.shape == ((2, 13) if "generate" in case.name else (2, 256))
-        found["int8" if "int8" in case.name else "int4" if "int4" in case.name else "torch"] += 1
-        assert (theirs is None) == ("weights" in case.name)
-        if theirs is None:
-            continue
-        if "generate" not in case.name:
-            bound = 1e-5 if case.dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
-        elif case.dtype == torch.float32:
-            assert torch.equal(ours, theirs)
-    assert found == {"int8": 3, "int4": 3, "torch": 6}
-
-
 def test_decode_counts():
     """A quantised step reads 8.25 or 5 bits a weight of a matrix, and the rest in float32."""
     model, count = models.TINY, models.TINY.matrix_weights
@@ -252,112 +241,6 @@ def test_decode_counts():
     head = 2 * 2 * model.vocab_size * model.n_embd
     assert cases["tiny B2 prefill 4"].flops == 2 * 2 * 4 * body + head + model.attention_flops(2, 4)
     assert cases["tiny B2 generate 4"].flops == sum(model.decode_flops(2, t) for t in range(4))
-
-
-# ---- pykern bench decode
-
-
-def bench_decode_command(capsys, *arguments):
-    assert main(["bench", "decode", *arguments]) == 0
-    printed = capsys.readouterr()
-    assert printed.err == ""
-    return printed.out
-
-
-@pytest.fixture
-def plain_roof(monkeypatch):
-    """A roof that is not measured: 1 TB/s, 1 TFLOP/s."""
-    from pykern.lm import bench, roof
-
-    flat = {"read": {1 << 20: 1e12}, "flops": {"float32": 1e12, "bfloat16": 1e12}}
-    monkeypatch.setattr(bench, "measure", lambda quick: roof.Roof(threads=torch.get_num_threads(), **flat))
-
-
-def test_json_of_bench_decode(capsys, plain_roof):
-    """One document and nothing else; every test of every dtype, batch and thread count, in this order."""
-    before = torch.get_num_threads()
-    lists = ["-p", "8", "-n", "4", "-d", "0,6", "-b", "1,2", "-t", "1,2", "-r", "3", "--dtype", "float32,int4"]
-    found = json.loads(bench_decode_command(capsys, "--quick", *lists, "-o", "json"))
-    assert sorted(found) == ["machine", "results", "roof"] and found["machine"]["quick"] is True
-    assert [roof["threads"] for roof in found["roof"]] == [1, 2]
-    keys = ("dtype", "batch", "n_threads", "test", "n_prompt", "n_gen", "n_depth")
-    tests = [("pp8", 8, 0, 0), ("tg4", 0, 4, 0), ("tg4 @ d6", 0, 4, 6)]
-    assert [tuple(row[key] for key in keys) for row in found["results"]] == [
-        (dtype, batch, threads, *test)
-        for dtype in ("float32", "int4")
-        for batch in (1, 2)
-        for threads in (1, 2)
-        for test in tests
-    ]
-    cache = 2 * 2 * 64 * 4  # of a token: k and v of two layers
-    for row in found["results"]:
-        samples = row["samples_ts"]
-        assert len(samples) == 3 and row["avg_ts"] == pytest.approx(statistics.fmean(samples))
-        assert row["stddev_ts"] == pytest.approx(statistics.stdev(samples)) and row["model"] == "tiny"
-        if row["n_gen"]:
-            read = row["model_size"] + row["batch"] * cache * (row["n_depth"] + 2.5)
-            assert row["gb_per_s"] == pytest.approx(row["avg_ts"] / row["batch"] * read / 1e9)
-            assert row["roof"] == pytest.approx(row["gb_per_s"] / 1e3)
-        else:
-            head = 2 * 256 * 64
-            flops = 8 * (models.TINY.matrix_weights * 2 - head) + head + 2 * 2 * 64 * 9 * 8
-            assert row["roof"] == pytest.approx(row["avg_ts"] / 8 * flops / 1e12)
-    sizes = {row["dtype"]: row["model_size"] for row in found["results"]}
-    assert sizes["float32"] == 4 * models.TINY.matrix_weights and sizes["int4"] == sizes["float32"] * 5 / 32
-    assert torch.get_num_threads() == before
-
-
-def test_table_of_bench_decode(capsys):
-    """A Markdown table of the columns promised, then a line for each roof; here with the roof measured."""
-    printed = bench_decode_command(capsys, "--quick", "-p", "0", "-d", "0", "-t", "1", "--dtype", "int8,bfloat16")
-    table, roofs = printed.split("\n\n")
-    head, rule, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    assert head == ["model", "size", "threads", "batch", "dtype", "test", "t/s", "GB/s", "roof"]
-    assert all(re.fullmatch("-+:?", cell) for cell in rule) and len({len(line) for line in table.splitlines()}) == 1
-    assert [(row[0], *row[2:6]) for row in rows] == [("tiny", "1", "1", dtype, "tg8") for dtype in ("int8", "bfloat16")]
-    for row in rows:
-        assert re.fullmatch(r"[\d.]+ MiB", row[1]) and re.fullmatch(r"[\d.]+ ± [\d.]+", row[6])
-        assert float(row[7]) >= 0 and re.fullmatch(r"\d+%", row[8])
-    assert re.fullmatch(r"roof of 1 thread: .* GB/s read from 4 MiB, GFLOP/s \d+ in float32, \d+ in bfloat16\n", roofs)
-
-
-def test_bench_decode_of_a_checkpoint(capsys, plain_roof, tmp_path):
-    from pykern.lm import Config, Transformer
-
-    config = Config(n_layer=1, n_head=4, n_kv_head=2, n_embd=32, block_size=16, vocab_size=50, positions="rope")
-    Transformer(config).save(tmp_path / "mine")
-    arguments = ["-m", str(tmp_path / "mine"), "-p", "16", "-n", "4", "-d", "12", "-r", "1", "--dtype", "float32"]
-    rows = json.loads(bench_decode_command(capsys, *arguments, "-o", "json"))["results"]
-    assert [(row["model"], row["test"], row["stddev_ts"]) for row in rows] == [
-        ("mine", "pp16", 0.0),
-        ("mine", "tg4 @ d12", 0.0),
-    ]
-
-
-@pytest.mark.parametrize(
-    "arguments, code, words",
-    [
-        (["-t", "two"], 2, "'two' is not a list of whole numbers"),
-        (["-o", "csv"], 2, "invalid choice: 'csv'"),
-        (["--rep", "2"], 2, "--rep"),
-        (["-p", "0", "-n", "0"], 1, "-p and -n are both 0"),
-        (["-p", "2000"], 1, "-p is 2000 but must be from 0 to 1024"),
-        (["-d", "0,1000"], 1, "-d 1000 and -n 128 exceed the model's block_size of 1024"),
-        (["-b", "1,0"], 1, "-b is 0 but must be from 1"),
-        (["-t", "0"], 1, "-t is 0 but must be from 1 to 1024"),
-        (["-r", "0"], 1, "-r is 0"),
-        (["--dtype", "float32,int3"], 1, "--dtype is 'int3' but must be one of float32, bfloat16, int8, int4"),
-        (["-m", "nowhere"], 1, "no such checkpoint folder"),
-    ],
-)
-def test_bench_decode_refuses(arguments, code, words, capsys):
-    try:
-        found = main(["bench", "decode", *arguments])
-    except SystemExit as end:
-        found = end.code
-    printed = capsys.readouterr()
-    assert found == code and words in printed.err and printed.out == ""
-    assert printed.err.startswith("pykern bench") and len(printed.err.splitlines()) == 1
 
 
 def benchmarks(*arguments):
