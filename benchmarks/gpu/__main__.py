@@ -166,8 +166,9 @@ def run_steps(options: argparse.Namespace, document: Document) -> None:
         document.save()
         say(step, found)
     if {"ceilings", "timing"} & set(options.steps):
-        words = [f"--steps={','.join(options.steps)}", *(f"--only={word}" for word in options.only)]
-        found = steps.timing(path, [*words, *(["--rehearse"] if options.rehearse else [])], max(0.0, left()) / 60)
+        words = [sys.executable, "-m", "benchmarks.gpu", f"--steps={','.join(options.steps)}"]
+        words += [*(f"--only={word}" for word in options.only), *(["--rehearse"] if options.rehearse else [])]
+        found = steps.timing(path, words, max(0.0, left()) / 60)
         document.__dict__.update(Document.load(document.path).__dict__)
         document.run["steps"]["timing"] = found
         say("timing", found)

@@ -87,7 +87,7 @@ def douts(outs: list[Tensor]) -> list[Tensor]:
 
 
 def _outs(result: object) -> list[Tensor]:
-    outs = [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+    outs = [result] if isinstance(result, Tensor) else list(result)
     return [out for out in outs if out.requires_grad]
 
 
@@ -136,7 +136,7 @@ def difference(result: object, expected: object) -> float | None:
 
 
 def _tensors(result: object) -> list[Tensor]:
-    found = [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+    found = [result] if isinstance(result, Tensor) else list(result)
     return [x for x in found if isinstance(x, Tensor)]
 
 

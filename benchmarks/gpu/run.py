@@ -65,7 +65,7 @@ def kept(result: object) -> object:
     """A copy that a later call does not write to."""
     if isinstance(result, Tensor):
         return result.detach().clone()
-    return [x.detach().clone() for x in result if isinstance(x, Tensor)]  # type: ignore[attr-defined]
+    return [x.detach().clone() for x in result if isinstance(x, Tensor)]
 
 
 def record(document: Document, timer: Timer, case: Case, who: str, error: Exception) -> None:

@@ -75,7 +75,7 @@ def counts(report: Path) -> dict[str, Any]:
         return {"tests": "no report"}
     cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     bad = [f"{c.get('classname')}.{c.get('name')}" for c in cases if c.find("failure") is not None or _error(c)]
-    skipped = {c.find("skipped").get("message") for c in cases if c.find("skipped") is not None}  # type: ignore[union-attr]
+    skipped = {c.find("skipped").get("message") for c in cases if c.find("skipped") is not None}
     skips = sum(c.find("skipped") is not None for c in cases)
     found: dict[str, Any] = {"passed": len(cases) - len(bad) - skips, "failed": len(bad), "skipped": skips}
     return found | ({"failures": bad} if bad else {}) | ({"skip reasons": sorted(map(str, skipped))} if skipped else {})
@@ -118,15 +118,15 @@ def watch(process: subprocess.Popen, path: Path, limit: float, stall: float) -> 
     return None
 
 
-def timing(path: Path, arguments: list[str], minutes: float, stall: float = STALL_SECONDS) -> dict[str, Any]:
-    """Ceilings and cases in a process of their own, started again when a contestant took it along.
+def timing(path: Path, worker: list[str], minutes: float, stall: float = STALL_SECONDS) -> dict[str, Any]:
+    """Ceilings and cases in a process of their own, `worker`, started again when a contestant took it along.
 
     What ran then is recorded as a failure, and not run again.
     """
     start, ends, code = time.monotonic(), [], 1
     while len(ends) <= MOST_RESTARTS:
         left = 60 * minutes - (time.monotonic() - start)
-        words = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--worker", str(left / 60), "--json", str(path)]
+        words = [*worker, "--worker", str(max(0.0, left) / 60), "--json", str(path)]
         process = subprocess.Popen(words, cwd=ROOT, env=environment(), start_new_session=True)
         stopped = watch(process, path, left + GRACE_SECONDS, stall)
         if process.returncode == 0:

@@ -28,10 +28,13 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Prepared:
-    """Runs `calls` calls when `run` is called, `repeats` times for a sample."""
+    """Runs all `calls` when `run` is called, `repeats` times for a sample.
+
+    A graph does not keep alive what its calls read: this does.
+    """
 
     run: Callable[[], object]
-    calls: int
+    calls: Calls
     mode: str
     note: str = ""
     repeats: int = 1
@@ -74,15 +77,15 @@ class CudaTimer:
         for i in range(max(WARM_UP, len(calls))):
             calls[i % len(calls)]()
         self.check()
-        prepared = Prepared(lambda: [call() for call in calls], len(calls), "launches")
+        prepared = Prepared(lambda: [call() for call in calls], calls, "launches")
         if graph:
             try:
-                prepared = Prepared(self._captured(calls).replay, len(calls), "graph")
+                prepared = Prepared(self._captured(calls).replay, calls, "graph")
             except RuntimeError as refusal:
                 self.check()  # raises where it was the device that failed, not the capture
                 prepared.note = f"no graph: {one_line(refusal)}"
         self.sample(who, prepared)
-        seconds = self.sample(who, prepared) * prepared.calls
+        seconds = self.sample(who, prepared) * len(calls)
         prepared.repeats = max(1, round(SAMPLE_SECONDS / seconds))
         return prepared
 
@@ -93,7 +96,7 @@ class CudaTimer:
             prepared.run()
         stop.record(self.stream)
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3 / (prepared.repeats * prepared.calls)
+        return start.elapsed_time(stop) * 1e-3 / (prepared.repeats * len(prepared.calls))
 
     def peak(self, call: Callable[[], object]) -> int:
         """Bytes of torch's allocator during a call, over those before it, the result included."""
@@ -130,7 +133,7 @@ class FakeTimer:
         for call in calls:
             call()
         self.clock += self.setup
-        return Prepared(lambda: None, len(calls), "fake")
+        return Prepared(lambda: None, calls, "fake")
 
     def sample(self, who: str, prepared: Prepared) -> float:
         self.samples.append(who)
