@@ -5,6 +5,7 @@ or does not compile fails alone. `calls` turns the function and some sets of inp
 the function, of its backward pass alone, or of both.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 
 OURS = "pykern"
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward + backward"
+NOT_FINITE = 1e9
 Maker = Callable[[], Callable[..., Any]]
 Calls = list[Callable[[], object]]
 
@@ -61,6 +63,7 @@ class Case:
     mode: str = FORWARD
     traffic: str = "copy"
     one_set: bool = False  # the inputs are changed in place, or larger than any cache by far
+    extra_seconds: float = 0.0  # beyond the estimate: whole models compile for long
     graph: bool = True  # False: a contestant asks the device for a number, which ends the capture of a graph
 
     @property
@@ -125,14 +128,14 @@ def _training(function: Callable[..., Any], inputs: tuple) -> Callable[[], objec
 
 
 def difference(result: object, expected: object) -> float | None:
-    """The largest |result - expected| over max |expected|, over all tensors; NaN counts. None: nothing to compare."""
+    """The largest |result - expected| over max |expected|, over all tensors; None: nothing to compare.
+
+    NOT_FINITE where one of the two holds NaN or infinity: JSON has no word for them.
+    """
     pairs = [
-        (a, b)
-        for a, b in zip(_tensors(result), _tensors(expected), strict=True)
-        if a.is_floating_point() and a.numel() and b is not None
+        (a, b) for a, b in zip(_tensors(result), _tensors(expected), strict=True) if a.is_floating_point() and a.numel()
     ]
-    worst = [_relative(a, b) for a, b in pairs]
-    return None if not worst else max(worst, key=lambda x: float("inf") if x != x else x)
+    return max((_relative(a, b) for a, b in pairs), default=None)
 
 
 def _tensors(result: object) -> list[Tensor]:
@@ -142,6 +145,7 @@ def _tensors(result: object) -> list[Tensor]:
 
 def _relative(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
-        return float("inf")
-    scale = b.detach().abs().max().double()
-    return float((a.detach().float() - b.detach().float()).abs().max() / scale.clamp_min(1e-30))
+        raise ValueError(f"a result has shape {list(a.shape)}, that of the first rival {list(b.shape)}")
+    a, b = a.detach().float(), b.detach().float()
+    found = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+    return found if math.isfinite(found) else NOT_FINITE

@@ -143,6 +143,7 @@ def step_cases(tiny: bool) -> Iterator[Case]:
             rivals(step),
             traffic="read",
             one_set=True,
+            extra_seconds=20.0,
         )
 
 
@@ -186,6 +187,7 @@ def train_cases(tiny: bool) -> Iterator[Case]:
             lambda source, model=model, B=B, T=T: train_inputs(source, model, B, T),
             {"torch": lambda: loss_and_gradients, "torch.compile": _compiled_training},
             one_set=True,
+            extra_seconds=60.0,
         )
 
 

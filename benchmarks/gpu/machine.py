@@ -3,12 +3,12 @@
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
 
+import pykern
 from benchmarks.gpu.makers import versions
 from benchmarks.gpu.timer import one_line
 
@@ -44,7 +44,7 @@ def facts(device: torch.device) -> dict[str, Any]:
             "cudnn": torch.backends.cudnn.version(),
             **nvidia_smi(),
         }
-    found |= {"torch": torch.__version__, "python": platform.python_version(), "executable": sys.implementation.name}
+    found |= {"pykern": pykern.__version__, "torch": torch.__version__, "python": platform.python_version()}
     found |= {name: value or "not installed" for name, value in versions().items()}
     return found | {"started": time.strftime("%Y-%m-%d %H:%M:%S")}
 

@@ -14,7 +14,7 @@ COMPILED, TUNED = "torch.compile", "torch.compile max-autotune"
 BACKENDS = {"sdpa flash": "FLASH_ATTENTION", "sdpa cudnn": "CUDNN_ATTENTION", "sdpa efficient": "EFFICIENT_ATTENTION"}
 LIBRARIES = ("triton", "flash_attn", "liger_kernel", "quack", "transformer_engine")
 BACKEND = "inductor"  # of torch.compile; a rehearsal sets "eager", which compiles nothing
-SLOW = (COMPILED, TUNED, "flex attention")  # the first call takes many seconds
+SETUP_SECONDS = {TUNED: 25.0, COMPILED: 6.0, "flex attention": 12.0, "": 0.3}  # before the first sample, by first words
 
 
 def ours(name: str, **options: Any) -> Maker:
@@ -83,6 +83,11 @@ def installed(library: str) -> bool:
 def library(name: str, who: str, make: Maker) -> dict[str, Maker]:
     """The contestant, where its library is installed."""
     return {who: make} if installed(name) else {}
+
+
+def setup_seconds(who: str) -> float:
+    """An estimate, put right as a run goes on."""
+    return next(seconds for start, seconds in SETUP_SECONDS.items() if who.startswith(start))
 
 
 def versions() -> dict[str, str | None]:

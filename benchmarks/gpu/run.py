@@ -8,11 +8,10 @@ from torch import Tensor
 
 from benchmarks.gpu.case import FORWARD, OURS, Case, Source, calls, difference, short
 from benchmarks.gpu.document import Document, Row
-from benchmarks.gpu.makers import SLOW
+from benchmarks.gpu.makers import setup_seconds
 from benchmarks.gpu.timer import DeviceLost, Prepared, Timer, interleave, one_line, quartiles, speed_ratio
 
 SECONDS = 0.3  # of samples for each contestant
-SETUP_SECONDS, SLOW_SETUP_SECONDS = 0.3, 8.0  # before the first sample; estimates, put right as the run goes on
 MOST_SETS = 32
 INPUTS, SAMPLES = "inputs", "samples of all"  # what fails where it is no contestant
 MATMULS = {"bfloat16": "bf16", "float16": "fp16", "float32": "tf32"}
@@ -38,9 +37,14 @@ class Budget:
         return estimate * scale <= self.left()
 
 
-def estimate(whos: list[str], seconds: float = SECONDS) -> float:
+def estimate(case: Case, whos: list[str], seconds: float = SECONDS) -> float:
     """Seconds that a case with these contestants takes."""
-    return sum(seconds + (SLOW_SETUP_SECONDS if who.startswith(SLOW) else SETUP_SECONDS) for who in whos)
+    return case.extra_seconds + sum(seconds + setup_seconds(who) for who in whos)
+
+
+def in_order(cases: list[Case]) -> list[Case]:
+    """By priority, and the quick ones first."""
+    return sorted(cases, key=lambda case: (case.priority, estimate(case, list(case.makers))))
 
 
 def least_seconds(case: Case, ceilings: dict[str, Any]) -> tuple[float | None, str]:
@@ -166,14 +170,14 @@ def run_cases(
     The names of those left are in document.run["left"].
     """
     document.run["left"] = []
-    for case in sorted(cases, key=lambda case: case.priority):
+    for case in in_order(cases):
         missing = [name for name in case.kernels if name not in kernels]
         with_ours = OURS in case.makers and not missing
         if document.is_finished(case, with_ours):
             continue
         dead = document.fatal(case)
         whos = [who for who in (*case.rivals(), *([OURS] if with_ours else [])) if who not in dead]
-        cost = estimate(whos, seconds)
+        cost = estimate(case, whos, seconds)
         if not budget.fits(cost):
             document.run["left"].append(case.key)
             continue

@@ -15,7 +15,7 @@ from benchmarks.gpu.document import Document
 
 ROOT = Path(__file__).parent.parent.parent
 TAIL = 3000  # characters of what a step printed, kept in the JSON
-STALL_SECONDS = 100.0  # without a word from the process that times: one contestant does not take so long
+STALL_SECONDS = 150.0  # without a word from the process that times: one contestant does not take so long
 MOST_RESTARTS = 12
 LOST = 3  # exit code of a process whose GPU context is broken, and which has written that down
 TIME_IS_UP = "the time was up"

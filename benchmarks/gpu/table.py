@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.gpu.case import OURS
+from benchmarks.gpu.case import NOT_FINITE, OURS
 from benchmarks.gpu.document import Document
 
 HEAD = [
@@ -29,8 +29,9 @@ def _text(value: float | None, form: str) -> str:
 def _cells(row: dict[str, Any]) -> list[str]:
     seconds = row["median_us"] * 1e-6
     flags = [row["mode"]] if row["mode"] not in ("graph", "fake") else []
-    if row["difference"] is not None and not row["difference"] <= SUSPICIOUS:
-        flags.append(f"result differs by {row['difference']:.2g}")
+    if row["difference"] is not None and row["difference"] > SUSPICIOUS:
+        text = f"differs by {row['difference']:.2g}" if row["difference"] < NOT_FINITE else "is not finite"
+        flags.append(f"result {text}")
     return [
         row["what"],
         row["shape"],
