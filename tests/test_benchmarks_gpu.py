@@ -167,6 +167,8 @@ def test_a_wrong_result_is_marked(tmp_path):
     doc = timed([case("a", makers=contestants)], tmp_path / "x.json")
     found = {row["contestant"]: row["difference"] for row in doc.rows}
     assert found["torch"] is None and found["wrong"] == 2.0 and found["nan"] == cases_of.NOT_FINITE
+    assert [row["ratio"] for row in doc.rows] == pytest.approx([1.0] * 3, rel=0.03)
+    assert doc.rows[0]["ratio"] == 1.0  # the only one that is right is the best
     text = table.markdown(doc)
     assert "wrong (result differs by 2)" in text and "nan (result is not finite)" in text
 

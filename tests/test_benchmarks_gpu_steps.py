@@ -131,6 +131,9 @@ def test_a_rehearsal_from_end_to_end(tmp_path, capfd):
     assert program.main([*arguments, "--steps", "timing"]) == 0
     again = json.loads(path.read_text())
     assert again["rows"] == found["rows"] and len(again["runs"]) == 2
+    assert program.main([*arguments, "--steps", "timing", "--again"]) == 0
+    again = json.loads(path.read_text())
+    assert {row["run"] for row in again["rows"]} == {2} and len(again["rows"]) == len(found["rows"])
 
 
 def test_a_build_that_fails_is_said_and_the_rest_goes_on(tmp_path, capfd):
@@ -266,8 +269,11 @@ def test_a_graph_is_timed(stub):
     clock = timer.CudaTimer(torch.device("cuda"))
     assert clock.cold_bytes == 150 << 20
     ready = clock.prepare("a", [stub.spend(1e-5), stub.spend(3e-5)], True)
-    assert ready.mode == "graph" and ready.note == "" and ready.repeats == 50
+    assert ready.mode == "graph" and ready.note == ""
+    assert (ready.count, ready.repeats) == (50, 2)  # 25 times 0.04 ms, and a sample is 2 ms
     assert clock.sample("a", ready) == pytest.approx(2e-5)
+    ready = clock.prepare("a", [stub.spend(5e-3)], True)
+    assert (ready.count, ready.repeats) == (1, 1)
 
 
 def test_launches_are_timed_where_no_graph_can_be(stub):

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --json gpu.json                  # 8 minutes: build, tests, ceilings, timing by priority
     python -m benchmarks.gpu --json gpu.json                  # again, or with --minutes 3: goes on with what is left
-    python -m benchmarks.gpu --json gpu.json --steps timing --only G11
+    python -m benchmarks.gpu --json gpu.json --steps timing --only G11 --again
     python -m benchmarks.gpu --list                           # the cases by priority
     python -m benchmarks.gpu --rehearse --json rehearsal.json # no GPU: tiny shapes, a clock that makes up its times
 
@@ -83,6 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=f"for one step (default: {', '.join(f'{k}={v:g}' for k, v in LIMITS.items())})",
     )
     parser.add_argument("--only", action="append", default=[], metavar="WORD", help="a goal, or a part of a name")
+    parser.add_argument("--again", action="store_true", help="time the chosen cases although the file has them")
     parser.add_argument("--build-command", default=BUILD, help="default: %(default)s")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, on a clock that makes up its times")
@@ -193,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     facts = machine.facts(device)
     document.gpu = facts["gpu"]
     document.runs.append({"machine": facts, "minutes": options.minutes, "rehearsal": options.rehearse, "steps": {}})
+    if options.again:
+        document.forget(cases)
     document.save()
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     run_steps(options, document)

@@ -17,6 +17,7 @@ from torch import Tensor
 OURS = "pykern"
 FORWARD, BACKWARD, TRAINING = "forward", "backward", "forward + backward"
 NOT_FINITE = 1e9
+SUSPICIOUS = 0.05  # a difference, as a part of the largest number, that half precision does not explain
 Maker = Callable[[], Callable[..., Any]]
 Calls = list[Callable[[], object]]
 

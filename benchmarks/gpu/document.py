@@ -16,8 +16,8 @@ SCHEMA = 1
 class Row:
     """A contestant of a case. ceiling: the least possible time over its time, None where no ceiling was measured.
 
-    ratio: how many times as fast as the best rival. difference: from the first rival's result, as a part of its largest
-    number. mode: how it was launched. peak_bytes: of memory during a call.
+    ratio: how many times as fast as the best rival whose result is right. difference: from the first rival's result,
+    as a part of its largest number. mode: how it was launched. peak_bytes: of memory during a call.
     """
 
     case: str
@@ -110,6 +110,13 @@ class Document:
         self.finished.append({"case": case.key, "gpu": self.gpu, OURS: with_ours, "missing": missing})
         self.running = None
         self.save()
+
+    def forget(self, cases: list[Case]) -> None:
+        """These cases are to be timed again on this GPU, by contestants that ended the process before, too."""
+        keys = {case.key for case in cases}
+        here: Callable[[dict[str, Any]], bool] = lambda x: x["case"] in keys and x["gpu"] == self.gpu  # noqa: E731
+        self.finished = [f for f in self.finished if not here(f)]
+        self.failures = [f for f in self.failures if not here(f)]
 
     def blame_running(self, text: str) -> bool:
         """Puts the end of a process down to what was running; False: nothing was."""

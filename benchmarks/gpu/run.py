@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.case import FORWARD, OURS, Case, Source, calls, difference, short
+from benchmarks.gpu.case import FORWARD, OURS, SUSPICIOUS, Case, Source, calls, difference, short
 from benchmarks.gpu.document import Document, Row
 from benchmarks.gpu.makers import setup_seconds
 from benchmarks.gpu.timer import DeviceLost, Prepared, Timer, interleave, one_line, quartiles, speed_ratio
@@ -123,7 +123,8 @@ def measure(
 def _rows(case, document, prepared, samples, peaks, differences) -> list[Row]:
     least, bound = least_seconds(case, document.ceilings.get(document.gpu, {}))
     medians = {who: quartiles(s)[1] for who, s in samples.items()}
-    best = min((who for who in medians if who != OURS), key=lambda who: medians[who], default=None)
+    right = [who for who in medians if who != OURS and (differences[who] or 0.0) <= SUSPICIOUS]
+    best = min(right, key=lambda who: medians[who], default=None)
     rows = []
     for who, one in prepared.items():
         low, median, high = quartiles(samples[who])

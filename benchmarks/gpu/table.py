@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from benchmarks.gpu.case import NOT_FINITE, OURS
+from benchmarks.gpu.case import NOT_FINITE, OURS, SUSPICIOUS
 from benchmarks.gpu.document import Document
 
 HEAD = [
@@ -19,7 +19,6 @@ HEAD = [
     "ratio",
     "MB",
 ]
-SUSPICIOUS = 0.05  # of the largest number: more than half precision explains
 
 
 def _text(value: float | None, form: str) -> str:

@@ -5,8 +5,10 @@ what is read comes from memory and what is written goes there. Contestants take 
 and power limits move a GPU's speed by a tenth within a run.
 """
 
+import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import torch
 from benchmarks.gpu.case import Calls
 
 SAMPLE_SECONDS = 2e-3  # what a sample repeats its calls for: events are good to half a microsecond
+GRAPH_SECONDS, MOST_TIMES = 1e-3, 64
 WARM_UP = 3  # calls: compilation, autotuning, handles of libraries
 LEAST_ROUNDS, MOST_ROUNDS = 9, 200
 CACHES = 3  # inputs of so many L2 caches together: the oldest set has left the cache when its turn comes
@@ -28,13 +31,14 @@ class DeviceLost(RuntimeError):
 
 @dataclass
 class Prepared:
-    """Runs all `calls` when `run` is called, `repeats` times for a sample.
+    """Runs `count` calls when `run` is called, `repeats` times for a sample.
 
     A graph does not keep alive what its calls read: this does.
     """
 
     run: Callable[[], object]
     calls: Calls
+    count: int
     mode: str
     note: str = ""
     repeats: int = 1
@@ -66,26 +70,36 @@ class CudaTimer:
     def now(self) -> float:
         return time.perf_counter()
 
-    def _captured(self, calls: Calls) -> torch.cuda.CUDAGraph:
+    def _captured(self, calls: Calls, times: int) -> Prepared:
+        """All calls in their order, so many times over."""
         graph = torch.cuda.CUDAGraph()
+        kept: deque = deque(maxlen=len(calls))  # a call does not write where one of those before it has written
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            kept = [call() for call in calls]
-        del kept  # until now: each call writes to memory of its own
-        return graph
+            for call in calls * times:
+                kept.append(call())
+        return Prepared(graph.replay, calls, len(calls) * times, "graph")
+
+    def _graph(self, who: str, calls: Calls) -> Prepared:
+        """A graph that runs for about GRAPH_SECONDS: between two replays the GPU stands still for microseconds."""
+        once = self._captured(calls, 1)
+        self.sample(who, once)
+        seconds = self.sample(who, once) * len(calls)
+        times = min(MOST_TIMES, math.ceil(GRAPH_SECONDS / seconds))
+        return once if times <= 1 else self._captured(calls, times)
 
     def prepare(self, who: str, calls: Calls, graph: bool) -> Prepared:
         for i in range(max(WARM_UP, len(calls))):
             calls[i % len(calls)]()
         self.check()
-        prepared = Prepared(lambda: [call() for call in calls], calls, "launches")
+        prepared = Prepared(lambda: [call() for call in calls], calls, len(calls), "launches")
         if graph:
             try:
-                prepared = Prepared(self._captured(calls).replay, calls, "graph")
+                prepared = self._graph(who, calls)
             except Exception as refusal:  # noqa: BLE001 - the calls ran before: it is the capture that fails
                 self.check()  # raises where it was the device that failed, not the capture
                 prepared.note = f"no graph: {one_line(refusal)}"
         self.sample(who, prepared)
-        seconds = self.sample(who, prepared) * len(calls)
+        seconds = self.sample(who, prepared) * prepared.count
         prepared.repeats = max(1, round(SAMPLE_SECONDS / seconds))
         return prepared
 
@@ -96,7 +110,7 @@ class CudaTimer:
             prepared.run()
         stop.record(self.stream)
         stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3 / (prepared.repeats * len(prepared.calls))
+        return start.elapsed_time(stop) * 1e-3 / (prepared.repeats * prepared.count)
 
     def peak(self, call: Callable[[], object]) -> int:
         """Bytes of torch's allocator during a call, over those before it, the result included."""
@@ -133,7 +147,7 @@ class FakeTimer:
         for call in calls:
             call()
         self.clock += self.setup
-        return Prepared(lambda: None, calls, "fake")
+        return Prepared(lambda: None, calls, len(calls), "fake")
 
     def sample(self, who: str, prepared: Prepared) -> float:
         self.samples.append(who)
