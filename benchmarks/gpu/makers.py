@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.case import Maker
@@ -34,18 +35,26 @@ def eager(function: Callable[..., Any]) -> Maker:
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Maker:
-    """torch.compile for these shapes alone, afresh: a cache of earlier shapes would make it general, and slower."""
+    """torch.compile for these shapes alone."""
 
     def make() -> Callable[..., Any]:
         import torch._functorch.config
 
-        torch.compiler.reset()
         torch._functorch.config.donated_buffer = False  # a backward pass is called many times after one forward
         if BACKEND != "inductor":
             return torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
         return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     return make
+
+
+def forget_compiled(whos: list[str]) -> None:
+    """Before a case: what torch.compile remembers of other shapes would make it general, and slower.
+
+    Not between its contestants: graphs of the first ones still run what was compiled.
+    """
+    if any(setup_seconds(who) > 1.0 for who in whos):
+        torch.compiler.reset()
 
 
 def rivals(function: Callable[..., Any], *, tuned: bool = False) -> dict[str, Maker]:

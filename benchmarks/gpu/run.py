@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.gpu.case import FORWARD, OURS, SUSPICIOUS, Case, Source, calls, difference, short
 from benchmarks.gpu.document import Document, Row
-from benchmarks.gpu.makers import setup_seconds
+from benchmarks.gpu.makers import forget_compiled, setup_seconds
 from benchmarks.gpu.timer import DeviceLost, Prepared, Timer, interleave, one_line, quartiles, speed_ratio
 
 SECONDS = 0.3  # of samples for each contestant
@@ -93,6 +93,7 @@ def measure(
     DeviceLost, after recording it, when the process cannot go on.
     """
     document.start(case, INPUTS)
+    forget_compiled(whos)
     prepared: dict[str, Prepared] = {}
     peaks: dict[str, int] = {}
     differences: dict[str, float | None] = {}
