@@ -9,22 +9,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import GPT2, TINY, Model
+from benchmarks.models import GPT2, TINY, Model, parameter_bytes
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.report import OURS, Case, numbers
 
 LR, MAX_NORM = 1e-3, 1.0
 GRADIENT_NORM = 10.0  # more than MAX_NORM: the first step is clipped
-MOMENT_BYTES = 16  # two float32 moments, read and written
-
-
-def parameter_bytes(dtype: torch.dtype, clip: bool) -> int:
-    """Of one parameter: moments; the weight, or its float32 master and the copy that is only written; the gradient.
-
-    The norm has to be known before the first weight changes, so clipping reads every gradient once more.
-    """
-    weight = 8 if dtype == torch.float32 else 8 + dtype.itemsize
-    return MOMENT_BYTES + weight + dtype.itemsize * (2 if clip else 1)
 
 
 def parameters(model: Model, dtype: torch.dtype) -> list[nn.Parameter]:

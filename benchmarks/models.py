@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
+
+MOMENT_BYTES = 16  # of AdamW: two float32 moments, read and written
+
 
 @dataclass(frozen=True)
 class Model:
@@ -53,3 +57,12 @@ class Model:
 GPT2 = Model("gpt2 124M", 12, 12, 768, 1024, 50257)
 SMALL = Model("23.6M", 6, 8, 512, 1024, 8192)
 TINY = Model("tiny", 2, 2, 64, 64, 256)
+
+
+def parameter_bytes(dtype: torch.dtype, clip: bool) -> int:
+    """AdamW on one: moments; the weight, or its float32 master and the copy that is only written; the gradient.
+
+    The norm has to be known before the first weight changes, so clipping reads every gradient once more.
+    """
+    weight = 8 if dtype == torch.float32 else 8 + dtype.itemsize
+    return MOMENT_BYTES + weight + dtype.itemsize * (2 if clip else 1)

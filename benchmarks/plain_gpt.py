@@ -43,7 +43,7 @@ class PlainGPT(nn.Module):
 
     def hidden(self, ids: Tensor, caches: list[tuple[Tensor, Tensor]] | None = None, past: int = 0) -> Tensor:
         """[B, T, n_embd] for ids [B, T] at positions past, past + 1, ..."""
-        x = self.wte(ids) + self.wpe(torch.arange(past, past + ids.shape[1]))
+        x = self.wte(ids) + self.wpe(torch.arange(past, past + ids.shape[1], device=ids.device))
         for i, block in enumerate(self.h):
             x = block(x, None if caches is None else caches[i], past)
         return self.ln_f(x)
@@ -56,7 +56,8 @@ class PlainGPT(nn.Module):
         """Room for block_size keys and values per layer, random: zeros would be a gift."""
         head = self.wte.weight.shape[1] // self.n_head
         shape = (batch, self.n_head, self.block_size, head)
-        return [(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)) for _ in self.h]
+        device = self.wte.weight.device
+        return [tuple(torch.randn(shape, device=device).to(dtype) for _ in "kv") for _ in self.h]
 
     @torch.no_grad()
     def step(self, ids: Tensor, caches: list[tuple[Tensor, Tensor]], past: int) -> Tensor:

@@ -37,6 +37,19 @@ def pytest_sessionstart(session):
         raise pytest.UsageError(f"PYKERN_ISA={forced}, but the kernels of {_C.isa()} are running")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    from pykern import _C
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+    if not getattr(_C, "cuda_kernels", list)():
+        pytest.skip(f"needs CUDA kernels, and this extension has none: CUDA is {_C.cuda_status()}")
+
+
 @pytest.fixture(params=[1, 2, 3])
 def threads(request):
     """Runs the test with 1, 2 and 3 kernel threads."""

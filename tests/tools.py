@@ -59,6 +59,6 @@ VIEWS = {
 
 def _inside(x, shape, rows=1):
     """A tensor full of NaN that holds x in every `rows`-th row, first columns."""
-    outer = torch.full(shape, torch.nan, dtype=x.dtype)
+    outer = x.new_full(shape, torch.nan)
     outer[..., ::rows, : x.shape[-1]] = x
     return outer

@@ -1,0 +1,1 @@
+"""The benchmarks on an NVIDIA GPU: see __main__.py."""

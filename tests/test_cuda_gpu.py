@@ -1,0 +1,226 @@
+"""The CUDA kernels on a GPU: formula, strided rows, same bits, other streams, graphs. See cuda_cases.py for the ops.
+
+The same checks run on the CPU, where they prove nothing about CUDA but that the checks themselves are sound.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from cuda_cases import OPS
+from tools import VIEWS, draw
+
+from pykern import _C
+from pykern.testing import assert_bitwise, assert_close
+from pykern.testing.compare import Tolerance
+
+pytestmark = pytest.mark.one_isa
+REPEATS = {"cuda": 50, "cpu": 3}
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
+BITS = (torch.float32, torch.bfloat16)
+every_op = pytest.mark.parametrize("name", OPS)
+both_devices = pytest.mark.parametrize("device", DEVICES)
+SUM_OF_SQUARES = Tolerance(2e-6, 0.0, "float64, but squares of float32")
+
+
+def cuda_kernels():
+    return list(getattr(_C, "cuda_kernels", list)())
+
+
+def op_of(name, device):
+    """The op, skipped where this extension has not all of its CUDA kernels."""
+    op = OPS[name]
+    missing = [kernel for kernel in op.kernels if kernel not in cuda_kernels()]
+    if device == "cuda" and missing:
+        pytest.skip(f"no CUDA kernel {', '.join(missing)} yet")
+    return op
+
+
+def moved(inputs, device):
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+def some_inputs(op, dtype, device="cpu", which=0):
+    shape = list(op.shapes.values())[which]
+    return moved(op.inputs(dtype, *shape), device)
+
+
+def leaves(op, inputs):
+    wanted = {name for name, x in inputs.items() if x.is_floating_point() and name not in op.constant}
+    return {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+
+
+def results(op, function, inputs, douts=None):
+    """Outputs and gradients "d<name>", and the gradients that reached the outputs: given, or drawn."""
+    given = leaves(op, inputs)
+    outputs = function(**given)
+    found = {name: x.detach() for name, x in outputs.items()}
+    wanted = {name: x for name, x in given.items() if x.requires_grad}
+    if not wanted:
+        return found, {}
+    if douts is None:
+        douts = {
+            name: draw(*x.shape, dtype=x.dtype, seed=100 + i).to(x.device)
+            for i, (name, x) in enumerate(outputs.items())
+        }
+    gradients = torch.autograd.grad([outputs[name] for name in douts], list(wanted.values()), list(douts.values()))
+    return found | {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}, douts
+
+
+def expected(op, inputs, douts):
+    """The formula in float64 on the CPU."""
+    wide = {name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in inputs.items()}
+    return results(op, op.formula, wide, {name: x.cpu().double() for name, x in douts.items()})[0]
+
+
+def assert_formula(op, inputs, name):
+    found, douts = results(op, op.function, inputs)
+    wanted = expected(op, inputs, douts)
+    assert found.keys() == wanted.keys()
+    dtype = next(x.dtype for x in inputs.values() if x.is_floating_point())
+    for result, x in found.items():
+        tolerance = SUM_OF_SQUARES if "square_sum" in op.kernels and dtype != torch.float64 else None
+        assert_close(
+            x.cpu(),
+            wanted[result],
+            name=f"{name} {result}",
+            gradient=result.startswith("d"),
+            tolerance=tolerance,
+            scale=op.scale.get(result),
+        )
+
+
+def assert_same(found, wanted, name):
+    for result in wanted:
+        assert_bitwise(found[result], wanted[result], name=f"{name} {result}")
+
+
+@pytest.mark.gpu
+def test_every_cuda_kernel_has_a_case():
+    assert set(cuda_kernels()) <= {kernel for op in OPS.values() for kernel in op.kernels}
+
+
+@both_devices
+@every_op
+def test_is_its_formula(name, device):
+    """Every shape in every dtype, forward and backward, against float64."""
+    op = op_of(name, device)
+    for dtype in op.dtypes:
+        for kind, shape in op.shapes.items():
+            assert_formula(op, moved(op.inputs(dtype, *shape), device), f"{name}, {kind}, {dtype}")
+
+
+@both_devices
+@every_op
+def test_rows_may_be_strided(name, device):
+    """Rows with gaps full of NaN, rows at odd addresses, transposed matrices."""
+    op = op_of(name, device)
+    for dtype in BITS:
+        inputs = some_inputs(op, dtype, device, which=-1)
+        for view, make in VIEWS.items():
+            strided = {n: make(x) if n in op.rows and x.dim() > 1 else x for n, x in inputs.items()}
+            assert_formula(op, strided, f"{name}, {view}, {dtype}")
+
+
+@both_devices
+@every_op
+def test_repeats_have_the_same_bits(name, device):
+    """Also where memory that was full of NaN is handed out again."""
+    op = op_of(name, device)
+    for dtype in BITS:
+        for which in range(len(op.shapes)):
+            inputs = some_inputs(op, dtype, device, which)
+            first, douts = results(op, op.function, inputs)
+            kept = {result: x.clone() for result, x in first.items()}
+            given = {x.data_ptr() for x in (*inputs.values(), *douts.values())}  # the gradient of a residual is dout
+            for _ in range(REPEATS[device]):
+                while first:
+                    _, x = first.popitem()
+                    if x.data_ptr() not in given:
+                        x.fill_(torch.nan)
+                del x
+                first, _ = results(op, op.function, inputs, douts)
+                assert_same(first, kept, f"{name} {dtype}")
+
+
+def side_stream(device):
+    """A stream other than the default one, and a context in which it is current."""
+    if device == "cpu":
+        return None, nullcontext()
+    stream = torch.cuda.Stream()
+    return stream, torch.cuda.stream(stream)
+
+
+@both_devices
+@every_op
+def test_runs_on_the_current_stream(name, device):
+    """The inputs are written on that stream after a long wait: a kernel on another stream would read what was there."""
+    op = op_of(name, device)
+    for dtype in BITS:
+        inputs = some_inputs(op, dtype, device)
+        wanted, douts = results(op, op.function, inputs)
+        late = {n: torch.zeros_like(x) if x.is_floating_point() else x.clone() for n, x in inputs.items()}
+        stream, context = side_stream(device)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with context:
+            if stream is not None:
+                torch.cuda._sleep(20_000_000)  # some 10 ms
+            for n, x in late.items():
+                x.copy_(inputs[n])
+            found, _ = results(op, op.function, late, douts)
+        if stream is not None:
+            stream.synchronize()
+        assert_same(found, wanted, f"{name} {dtype}")
+
+
+def captured(device, compute):
+    """(what compute() returns, replay): replaying fills the same tensors anew from what the inputs hold then."""
+    if device == "cpu":
+        found = compute()
+
+        def again():
+            for name, x in compute().items():
+                found[name].copy_(x)
+
+        return found, again
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = compute()
+    return found, graph.replay
+
+
+@both_devices
+@every_op
+def test_can_be_captured_in_a_graph(name, device):
+    """A replay computes on what the inputs hold at that time."""
+    op = op_of(name, device)
+    for dtype in BITS:
+        inputs = some_inputs(op, dtype, device)
+        _, douts = results(op, op.function, inputs)
+        static = {n: x.clone() for n, x in inputs.items()}
+        found, replay = captured(device, lambda static=static, douts=douts: results(op, op.function, static, douts)[0])
+        for part in (0.5, 1.0):
+            changed = {n: x * part if x.is_floating_point() else x for n, x in inputs.items()}
+            for n, x in static.items():
+                x.copy_(changed[n])
+            replay()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            assert_same(found, results(op, op.function, changed, douts)[0], f"{name} {dtype}, inputs times {part}")
+
+
+@both_devices
+@every_op
+def test_small_for_the_sanitizer(name, device):
+    """A process under compute-sanitizer runs this alone: the smallest shape, forward and backward."""
+    op = op_of(name, device)
+    for dtype in BITS:
+        found, _ = results(op, op.function, some_inputs(op, dtype, device))
+        assert all(x.cpu().isfinite().all() for x in found.values())
