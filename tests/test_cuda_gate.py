@@ -38,14 +38,23 @@ SCALAR = re.compile(r"column_sums|sort_|take_keys|add_partial")
 def test_packs_are_moved_16_bytes_at_a_time(built):
     """The branch for aligned rows exists in every kernel that takes packs, for what it reads and what it writes."""
     packed = {k: n for k, n in built.items() if not SCALAR.match(k)}
-    reads_none = [k for k, n in packed.items() if not n["LDG128"] and not k.startswith("zero_rows")]
+    reads = lambda n: n["LDG128"] + n["LDGSTS"]  # noqa: E731
+    reads_none = [k for k, n in packed.items() if not reads(n) and not k.startswith("zero_rows")]
     writes_none = [k for k, n in packed.items() if not n["STG128"] and not re.match(r"square_sums|cross_entropy_f", k)]
     assert (reads_none, writes_none) == ([], [])
 
 
+def test_halves_are_multiplied_on_tensor_cores(built):
+    """32 products of mma.sync for 12 ldmatrix, two steps of k a stage, which 4 asynchronous copies a thread fill."""
+    products = {k: n for k, n in built.items() if k.startswith("gemm_halves")}
+    assert len(products) == 6
+    counts = {k: (n["HMMA"], n["LDSM"], n["LDGSTS"]) for k, n in products.items()}
+    assert set(counts.values()) == {(32, 12, 4)}, counts
+
+
 def test_registers_leave_room_for_the_block(built):
-    """64 Ki registers a processor: a block of 512 threads may have 128 each, one of 256 all 255."""
-    row = {k: n["registers"] for k, n in built.items() if re.match("norm_|softmax_|cross_entropy_", k)}
+    """64 Ki registers a processor: 128 each for a block of 512 threads, or for two of 256."""
+    row = {k: n["registers"] for k, n in built.items() if re.match("norm_|softmax_|cross_entropy_|gemm_", k)}
     assert row and {k: n for k, n in row.items() if n > 128} == {}
 
 

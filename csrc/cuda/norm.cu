@@ -5,6 +5,7 @@
 // Backward takes a run of rows per block and keeps its share of dweight and dbias in registers; a
 // second kernel adds the shares in their order. How many shares there are depends on the shape
 // alone, so every GPU gives the same bits.
+#include "cuda/columns.cuh"
 #include "cuda/math.cuh"
 #include "cuda/pieces.cuh"
 #include "ops/norm.h"
@@ -242,29 +243,6 @@ __global__ void __launch_bounds__(kRowThreads) norm_backward(const Backward<T> a
   if (chunks == 1 && share) move_share(0, write);
 }
 
-constexpr int kColumns = 32, kGroups = 16;  // of a block of column_sums
-
-template <class C>
-struct ColumnScratch {
-  double partial[kGroups][kColumns];
-};
-
-// out[i] = sum of share[s][i]: thread (i, g) adds every kGroups-th share, then groups are added.
-template <class T, class C = Compute<T>>
-__global__ void column_sums(const C* shares, int64_t count, int64_t D, Numbers<T> out) {
-  auto& scratch = shared_memory<ColumnScratch<C>>();
-  const int64_t column = blockIdx.x * int64_t(kColumns) + threadIdx.x;
-  double sum = 0;
-  if (column < D)
-    for (int64_t s = threadIdx.y; s < count; s += kGroups) sum += shares[s * 2 * D + column];
-  scratch.partial[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= D) return;
-  for (int g = 1; g < kGroups; ++g) sum += scratch.partial[g][threadIdx.x];
-  const C result[1] = {static_cast<C>(sum)};
-  out.store(column, 1, false, result);
-}
-
 template <bool centred>
 void backward(const NormBackward& op, Stream stream) {
   const int64_t D = op.h.size[op.h.rank - 1], rows = pykern::rows(op.h);
@@ -297,16 +275,8 @@ void backward(const NormBackward& op, Stream stream) {
                         .pieces = {D, vectors}};
     if (blocks > 0)
       launch("norm_backward", norm_backward<T, centred>, row_grid<T, C, 2>(blocks, D), stream, a);
-    const Grid columns{.blocks = dim3(ceil_div(D, kColumns)),
-                       .threads = dim3(kColumns, kGroups),
-                       .shared = sizeof(ColumnScratch<C>)};
-    const auto finish = [&](const Tensor& out, const C* first) {
-      if (out.given)
-        launch("column_sums", column_sums<T>, columns, stream, first, blocks, D,
-               numbers_of<T>(out));
-    };
-    finish(op.dweight, shares.at<C>());
-    finish(op.dbias, shares.at<C>() + D);
+    add_columns<T>(shares.at<C>(), blocks, 2 * D, op.dweight, stream);
+    add_columns<T>(shares.at<C>() + D, blocks, 2 * D, op.dbias, stream);
   });
 }
 

@@ -45,6 +45,8 @@ __device__ __forceinline__ void store_word(uint2* to, uint2 x) {
                : "memory");
 }
 
+__device__ __forceinline__ void store_word(uint32_t* to, uint32_t x) { *to = x; }
+
 // ---- shared memory: one struct per kernel, in the bytes that the launch asked for
 
 template <class Layout>

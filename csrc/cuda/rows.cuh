@@ -63,16 +63,18 @@ inline Tensor column(Tensor t) {
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
-// Whether packs of kPack<T> neighbours of every row can be moved 16 bytes at a time, or as wide as
-// they are.
-template <class T>
-bool takes_packs(const Tensor& t) {
+// Whether `count` neighbours of every row can be moved 16 bytes at a time, or as wide as they are.
+inline bool takes_words(const Tensor& t, int count) {
   if (!t.given) return true;
-  const int64_t item = item_size(t.dtype), width = kPack<T> * item, step = width < 16 ? width : 16;
+  const int64_t item = item_size(t.dtype), width = count * item, step = width < 16 ? width : 16;
   bool fits = reinterpret_cast<uintptr_t>(t.data) % step == 0;
   for (int i = 0; i < t.rank - 1; ++i)
     fits = fits && (t.size[i] == 1 || t.stride[i] * item % step == 0);
   return fits;
+}
+template <class T>
+bool takes_packs(const Tensor& t) {
+  return takes_words(t, kPack<T>);
 }
 template <class T>
 bool take_packs(std::initializer_list<const Tensor*> tensors) {
@@ -84,8 +86,10 @@ bool take_packs(std::initializer_list<const Tensor*> tensors) {
 // n neighbours of T, and the words they are moved as
 template <class T, int n>
 struct Pack {
-  using Word = std::conditional_t<n * sizeof(T) % 16 == 0, uint4, uint2>;
-  static constexpr int kWords = n * sizeof(T) / sizeof(Word);
+  static constexpr int kBytes = n * sizeof(T);
+  using Word = std::conditional_t<kBytes % 16 == 0, uint4,
+                                  std::conditional_t<kBytes % 8 == 0, uint2, uint32_t>>;
+  static constexpr int kWords = kBytes / sizeof(Word);
   alignas(Word) T of[n];
 };
 

@@ -35,12 +35,12 @@
   X(rope, Rope) \
   X(embedding_forward, EmbeddingForward) \
   X(embedding_backward, EmbeddingBackward) \
+  X(linear_forward, LinearForward) \
+  X(linear_backward, LinearBackward) \
   /* end of the list */
 
 // Those that run on the CPU only:
 #define PYKERN_CPU_OPS(X) \
-  X(linear_forward, LinearForward) \
-  X(linear_backward, LinearBackward) \
   X(mlp_forward, MlpForward) \
   X(mlp_backward, MlpBackward) \
   X(attention_forward, AttentionForward) \
