@@ -4,6 +4,7 @@ The ISA is chosen once per process: tests/test_every_isa.py runs the kernel test
 """
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -19,6 +20,12 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
 )
 hypothesis.settings.load_profile("pykern")
+
+
+def pytest_configure(config):
+    """Ctrl-C works, also where a shell without job control started pytest in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():

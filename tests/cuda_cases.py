@@ -215,6 +215,22 @@ def products():
         formula = out(lambda options=options, **inputs: reference.linear(**inputs, **options))
         yield name, Op(kernels, shapes, linear_inputs(bool(options)), ours, formula, rows=("x", "weight"))
 
+    def layers(gated):
+        def make(dtype, M, K, H):
+            found = dict(x=draw(M, K, dtype=dtype))
+            found |= dict(
+                up_weight=draw(H, K, dtype=dtype, seed=1, spread=K**-0.5), up_bias=draw(H, dtype=dtype, seed=2)
+            )
+            found |= dict(down_weight=draw(K, H, dtype=dtype, seed=3, spread=H**-0.5))
+            return found | (dict(gate_weight=draw(H, K, dtype=dtype, seed=4, spread=K**-0.5)) if gated else {})
+
+        return make
+
+    for name, gated, options in (("mlp", False, {}), ("mlp, gated", True, dict(activation="silu"))):
+        ours = out(lambda options=options, **inputs: pykern.mlp(**inputs, **options))
+        formula = out(lambda options=options, **inputs: reference.mlp(**inputs, **options))
+        yield name, Op(("mlp_forward", "mlp_backward"), shapes, layers(gated), ours, formula)
+
     def head(dtype, M, K, V):
         target = loss_inputs(dtype, M, V)["target"]
         return dict(x=draw(M, K, dtype=dtype), weight=draw(V, K, dtype=dtype, seed=1, spread=K**-0.5), target=target)

@@ -101,6 +101,8 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_forward_kernel(cons
 template <class T>
 struct Backward {
   Rows logits, target, dlogits;
+  Numbers<T>
+      gradients;  // those of dlogits: a half type beside float logits in linear_cross_entropy
   PerRow dloss, lse;
   CrossEntropyOptions options;
   int64_t rows;
@@ -117,7 +119,7 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_backward_kernel(con
 
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(a.logits.data) + a.logits.offset(row);
-    T* dx = static_cast<T*>(a.dlogits.data) + a.dlogits.offset(row);
+    const int64_t dx = a.dlogits.offset(row);
     const int64_t y = static_cast<const int64_t*>(a.target.data)[a.target.offset(row)];
     const bool ignored = y == o.ignore_index, known = y >= 0 && y < V;
     const double lse = a.lse.get(row), dloss = known ? a.dloss.get(row) : double(NAN);
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_backward_kernel(con
             d[j] = static_cast<C>(rate * exp(static_cast<double>(v[j]) - lse) -
                                   dloss * (1 - o.label_smoothing) + everywhere);
         }
-        store(dx + first, valid, pieces.vectors, d);
+        a.gradients.store(dx + first, valid, pieces.vectors, d);
       });
   }
 }
@@ -172,6 +174,7 @@ void cross_entropy_backward(const CrossEntropyBackward& op, Stream stream) {
     const Backward<T> a{.logits = rows_of(op.logits),
                         .target = rows_of(column(op.target)),
                         .dlogits = rows_of(op.dlogits),
+                        .gradients = numbers_of<T>(op.dlogits),
                         .dloss = per_row(op.dloss),
                         .lse = per_row(op.lse),
                         .options = op.options,

@@ -4,8 +4,8 @@
 // way by cp.async. float and double are multiplied as they are, 64 x 64 per block.
 #pragma once
 #include "cuda/activate.cuh"
+#include "cuda/gemm.h"
 #include "cuda/rows.cuh"
-#include "ops/linear.h"
 
 namespace pykern::cuda {
 
@@ -15,13 +15,6 @@ struct Factor {
   int64_t rows, stride;
   bool aligned;  // 16 bytes at a time
 };
-
-template <class T>
-Factor factor_of(const void* data, int64_t rows, int64_t stride) {
-  const int64_t item = sizeof(T);
-  return {data, rows, stride,
-          reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * item % 16 == 0};
-}
 
 // What becomes of a sum: out = activation(sum + bias) + residual, pre = sum + bias
 template <class T>
@@ -292,26 +285,6 @@ __global__ void __launch_bounds__(kPlainThreads) gemm_plain(const Product<T> p) 
   for (int i = 0; i < kPlainEach; ++i) {
     const int64_t m = m0 + up + i, n = n0 + across;
     if (m < p.a.rows && n < p.b.rows) p.epilogue(m, n, p.b.rows - n, sum[i]);
-  }
-}
-
-// C = A B^T for factors of T, each with k contiguous or not.
-template <class T, bool a_by_k, bool b_by_k>
-void gemm(const char* what, const Factor& a, const Factor& b, int64_t K,
-          const Epilogue<T>& epilogue, Stream stream) {
-  if (a.rows == 0 || b.rows == 0) return;
-  constexpr bool halves = sizeof(T) == 2;
-  constexpr int tile = halves ? kTile : kPlainTile;
-  const TileOrder order{ceil_div(a.rows, tile), ceil_div(b.rows, tile)};
-  const Product<T> product{a, b, K, order, epilogue};
-  Grid grid{.blocks = dim3(order.rows * order.columns),
-            .threads = dim3(halves ? kGemmThreads : kPlainThreads)};
-  if constexpr (halves) {
-    grid.shared = sizeof(Stages<T>);
-    launch(what, gemm_halves<T, a_by_k, b_by_k>, grid, stream, product);
-  } else {
-    grid.shared = sizeof(PlainStage<T>);
-    launch(what, gemm_plain<T, a_by_k, b_by_k>, grid, stream, product);
   }
 }
 

@@ -37,12 +37,13 @@
   X(embedding_backward, EmbeddingBackward) \
   X(linear_forward, LinearForward) \
   X(linear_backward, LinearBackward) \
+  X(mlp_forward, MlpForward) \
+  X(mlp_backward, MlpBackward) \
+  X(linear_cross_entropy, LinearCrossEntropy) \
   /* end of the list */
 
 // Those that run on the CPU only:
 #define PYKERN_CPU_OPS(X) \
-  X(mlp_forward, MlpForward) \
-  X(mlp_backward, MlpBackward) \
   X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
   X(attention_weights, AttentionWeights) \
@@ -51,7 +52,6 @@
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
-  X(linear_cross_entropy, LinearCrossEntropy) \
   X(lm_step, LmStep) \
   X(lm_generate, LmGenerate) \
   X(sample, Sample) \

@@ -1,0 +1,185 @@
+#include "cuda/columns.cuh"
+#include "cuda/elementwise.cuh"
+#include "cuda/gemm.cuh"
+
+namespace pykern::cuda {
+namespace {
+
+template <class T>
+Factor factor_of(const Matrix& m, bool transposed) {
+  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
+                       m.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+  return {m.data, transposed ? m.columns : m.rows, m.stride, aligned};
+}
+
+template <class T>
+Epilogue<T> epilogue_of(const After& after) {
+  constexpr int kNeighbours = sizeof(T) == 2 ? kChunk : kPlainEach;
+  bool vectors = true;
+  for (const Tensor* t : {&after.out, &after.bias, &after.residual, &after.pre})
+    vectors = vectors && takes_words(*t, kNeighbours);
+  return {.bias = numbers_of<T>(after.bias),
+          .residual = numbers_of<T>(after.residual),
+          .out = numbers_of<T>(after.out),
+          .pre = numbers_of<T>(after.pre),
+          .residual_rows = rows_of(after.residual),
+          .out_rows = rows_of(after.out),
+          .pre_rows = rows_of(after.pre),
+          .activation = after.activation,
+          .vectors = vectors};
+}
+
+template <class T, Layout layout>
+void run(const char* what, const Matrix& a, const Matrix& b, const After& after, Stream stream) {
+  constexpr bool a_by_k = layout != Layout::tn, b_by_k = layout == Layout::nt;
+  constexpr bool halves = sizeof(T) == 2;
+  constexpr int tile = halves ? kTile : kPlainTile;
+  const Factor left = factor_of<T>(a, !a_by_k), right = factor_of<T>(b, !b_by_k);
+  if (left.rows == 0 || right.rows == 0) return;
+  const TileOrder order{ceil_div(left.rows, tile), ceil_div(right.rows, tile)};
+  const Product<T> product{left, right, a_by_k ? a.columns : a.rows, order, epilogue_of<T>(after)};
+  Grid grid{.blocks = dim3(order.rows * order.columns),
+            .threads = dim3(halves ? kGemmThreads : kPlainThreads)};
+  if constexpr (halves) {
+    grid.shared = sizeof(Stages<T>);
+    launch(what, gemm_halves<T, a_by_k, b_by_k>, grid, stream, product);
+  } else {
+    grid.shared = sizeof(PlainStage<T>);
+    launch(what, gemm_plain<T, a_by_k, b_by_k>, grid, stream, product);
+  }
+}
+
+// ---- copies in T
+
+struct Copy {
+  Rows from, pre, to;
+  DType dtype, pre_dtype;
+  Extent extent;
+  Activation activation;
+};
+
+// to = from activation'(pre), rounded to T
+template <class T>
+__global__ void __launch_bounds__(kElementThreads) round_rows(const Copy a) {
+  using C = Compute<T>;
+  constexpr int W = kPack<T>;
+  const Numbers<T> from{a.from.data, a.dtype}, pre{a.pre.data, a.pre_dtype};
+  each_pack_of<T>(a.extent, [&](int64_t row, int64_t first, int64_t valid) {
+    C v[W], z[W];
+    from.load(a.from.offset(row) + first, valid, a.extent.vectors, v);
+    if (a.activation != Activation::none) {
+      pre.load(a.pre.offset(row) + first, valid, a.extent.vectors, z);
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        C value;
+        v[j] *= derivative(a.activation, z[j], &value);
+      }
+    }
+    store(static_cast<T*>(a.to.data) + a.to.offset(row) + first, valid, a.extent.vectors, v);
+  });
+}
+
+// ---- sums of columns
+
+constexpr int kSumThreads = 128;
+constexpr int64_t kSumRows = 16;  // of a share: few, so that a sum in float rounds little
+
+template <class T>
+struct Shares {
+  const T* rows;
+  int64_t count, stride, columns;
+  bool vectors;
+  Compute<T>* shares;  // [blocks in y, columns]
+};
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads) share_sums(const Shares<T> a) {
+  using C = Compute<T>;
+  constexpr int W = kPack<T>;
+  const int64_t first = (blockIdx.x * int64_t(kSumThreads) + threadIdx.x) * W;
+  if (first >= a.columns) return;
+  const int64_t shares = (a.count + kSumRows - 1) / kSumRows;
+  for (int64_t share = blockIdx.y; share < shares; share += gridDim.y) {
+    C sum[W] = {}, v[W];
+    for (int64_t row = share * kSumRows; row < (share + 1) * kSumRows && row < a.count; ++row) {
+      load(a.rows + row * a.stride + first, a.columns - first, a.vectors, v);
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum[j] += v[j];
+    }
+    store(a.shares + share * a.columns + first, a.columns - first, a.columns % W == 0, sum);
+  }
+}
+
+}  // namespace
+
+Matrix matrix_of(const Tensor& t) {
+  return {t.data, rows(t), t.size[t.rank - 1], row_stride(t), t.dtype};
+}
+
+Matrix matrix_at(const void* data, int64_t rows, int64_t columns, DType dtype) {
+  return {data, rows, columns, columns, dtype};
+}
+
+Tensor tensor_of(const Matrix& m, const Tensor& like) {
+  Tensor t;
+  t.data = const_cast<void*>(m.data);
+  t.size[0] = m.rows, t.size[1] = m.columns;
+  t.stride[0] = m.stride, t.stride[1] = 1;
+  t.rank = 2, t.dtype = m.dtype, t.given = true;
+  t.device = like.device, t.device_index = like.device_index, t.stream = like.stream;
+  return t;
+}
+
+void gemm(const char* what, Layout layout, const Matrix& a, const Matrix& b, const After& after,
+          Stream stream) {
+  with_type(a.dtype, [&]<class T>(T) {
+    switch (layout) {
+      case Layout::nt: return run<T, Layout::nt>(what, a, b, after, stream);
+      case Layout::nn: return run<T, Layout::nn>(what, a, b, after, stream);
+      case Layout::tn: return run<T, Layout::tn>(what, a, b, after, stream);
+    }
+  });
+}
+
+Rounded::Rounded(const Tensor& t, DType dtype, const Tensor& pre, Activation activation,
+                 Stream stream)
+    : copied_(t.dtype != dtype || activation != Activation::none),
+      memory_(copied_ ? count(t) * item_size(dtype) : 0, stream) {
+  if (!copied_) {
+    matrix_ = matrix_of(t);
+    return;
+  }
+  Tensor to = t;
+  to.data = memory_.at<void>(), to.dtype = dtype;
+  int64_t packed = 1;
+  for (int i = t.rank - 1; i >= 0; --i) to.stride[i] = packed, packed *= t.size[i];
+  matrix_ = matrix_of(to);
+  with_type(dtype, [&]<class T>(T) {
+    Tensor all[] = {t, activation == Activation::none ? Tensor{} : pre, to};
+    const Extent extent = extent_of<T>(all, 3);
+    if (extent.rows > 0 && extent.D > 0)
+      launch("round_rows", round_rows<T>, element_grid<T>(extent), stream,
+             Copy{rows_of(all[0]), rows_of(all[1]), rows_of(all[2]), t.dtype, pre.dtype, extent,
+                  activation});
+  });
+}
+
+void sum_rows(const Matrix& m, const Tensor& out, Stream stream) {
+  if (!out.given) return;
+  with_type(m.dtype, [&]<class T>(T) {
+    const int64_t shares = ceil_div(m.rows, kSumRows);
+    const Workspace memory(shares * m.columns * sizeof(Compute<T>), stream);
+    if (shares > 0 && m.columns > 0) {
+      const bool vectors = factor_of<T>(m, false).aligned;
+      const Shares<T> a{static_cast<const T*>(m.data), m.rows, m.stride, m.columns, vectors,
+                        memory.at<Compute<T>>()};
+      const Grid grid{.blocks = dim3(ceil_div(m.columns, kSumThreads * kPack<T>),
+                                     shares < 65535 ? shares : 65535),
+                      .threads = dim3(kSumThreads)};
+      launch("share_sums", share_sums<T>, grid, stream, a);
+    }
+    add_columns<T>(memory.at<Compute<T>>(), shares, m.columns, out, stream);
+  });
+}
+
+}  // namespace pykern::cuda

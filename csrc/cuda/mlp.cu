@@ -1,0 +1,121 @@
+// mlp: two or three products. Without a gate the activation is in the epilogue of the first; with
+// one a pass over what is between makes h, and backward a pass makes h again beside the gradients
+// of up and gate.
+#include "cuda/activate.cuh"
+#include "cuda/elementwise.cuh"
+#include "cuda/gemm.h"
+#include "ops/mlp.h"
+
+namespace pykern::cuda {
+namespace {
+
+struct Gated {  // gate, up -> h
+  Activation kind;
+  template <class C>
+  __device__ __forceinline__ void operator()(const C (&x)[2], C (&y)[1]) const {
+    y[0] = activate(kind, x[0]) * x[1];
+  }
+};
+
+struct Between {  // up, dh -> h, dup
+  Activation kind;
+  template <class C>
+  __device__ __forceinline__ void operator()(const C (&x)[2], C (&y)[2]) const {
+    y[1] = x[1] * derivative(kind, x[0], &y[0]);
+  }
+};
+
+struct GatedBetween {  // gate, up, dh -> h, dup, dgate
+  Activation kind;
+  template <class C>
+  __device__ __forceinline__ void operator()(const C (&x)[3], C (&y)[3]) const {
+    C value;
+    y[2] = x[2] * x[1] * derivative(kind, x[0], &value);
+    y[0] = value * x[1];
+    y[1] = x[2] * value;
+  }
+};
+
+// A matrix [M, H] of scratch memory in x's dtype.
+struct Hidden {
+  Workspace memory;
+  Tensor tensor;
+  Hidden(const Tensor& x, int64_t M, int64_t H, bool wanted, Stream stream)
+      : memory(wanted ? M * H * item_size(x.dtype) : 0, stream),
+        tensor(tensor_of(matrix_at(memory.at<void>(), M, H, x.dtype), x)) {}
+};
+
+// t [..., H] as [M, H]
+Tensor flat(const Tensor& t) { return tensor_of(matrix_of(t), t); }
+
+}  // namespace
+
+void mlp_forward(const MlpForward& op, Stream stream) {
+  const OnDevice device(op.x);
+  const Matrix x = matrix_of(op.x);
+  const int64_t M = x.rows, H = op.up_weight.size[0];
+  const bool gated = op.gate_weight.given;
+  const Rounded up_weight(op.up_weight, op.x.dtype, stream);
+  const Rounded down_weight(op.down_weight, op.x.dtype, stream);
+  const Hidden h(op.x, M, H, true, stream);
+  if (gated) {
+    const Rounded gate_weight(op.gate_weight, op.x.dtype, stream);
+    const Hidden own_up(op.x, M, H, !op.up.given, stream),
+        own_gate(op.x, M, H, !op.gate.given, stream);
+    const Tensor up = op.up.given ? flat(op.up) : own_up.tensor;
+    const Tensor gate = op.gate.given ? flat(op.gate) : own_gate.tensor;
+    gemm("mlp_forward", Layout::nt, x, gate_weight, {.out = gate, .bias = op.gate_bias}, stream);
+    gemm("mlp_forward", Layout::nt, x, up_weight, {.out = up, .bias = op.up_bias}, stream);
+    elementwise("mlp_forward", {gate, up}, {h.tensor}, Gated{op.activation}, stream);
+  } else {
+    gemm("mlp_forward", Layout::nt, x, up_weight,
+         {.out = h.tensor, .bias = op.up_bias, .pre = op.up, .activation = op.activation}, stream);
+  }
+  gemm("mlp_forward", Layout::nt, matrix_of(h.tensor), down_weight,
+       {.out = op.out, .bias = op.down_bias, .residual = op.residual}, stream);
+}
+
+void mlp_backward(const MlpBackward& op, Stream stream) {
+  const OnDevice device(op.x);
+  const DType dtype = op.x.dtype;
+  const Matrix x = matrix_of(op.x);
+  const int64_t M = x.rows, H = op.up_weight.size[0];
+  const bool gated = op.gate_weight.given;
+  const Rounded dout(op.dout, dtype, stream), down_weight(op.down_weight, dtype, stream);
+
+  const Hidden h(op.x, M, H, true, stream), dh(op.x, M, H, true, stream),
+      dup(op.x, M, H, true, stream), dgate(op.x, M, H, gated, stream);
+  gemm("mlp_backward", Layout::nn, dout, down_weight, {.out = dh.tensor}, stream);
+  if (gated)
+    elementwise("mlp_backward", {flat(op.gate), flat(op.up), dh.tensor},
+                {h.tensor, dup.tensor, dgate.tensor}, GatedBetween{op.activation}, stream);
+  else
+    elementwise("mlp_backward", {flat(op.up), dh.tensor}, {h.tensor, dup.tensor},
+                Between{op.activation}, stream);
+
+  const Matrix up_gradient = matrix_of(dup.tensor), gate_gradient = matrix_of(dgate.tensor);
+  if (op.dx.given) {
+    const Rounded up_weight(op.up_weight, dtype, stream);
+    if (gated) {  // the first term with the accuracy of a sum
+      const DType wide = stat_dtype(dtype);
+      const Workspace memory(M * x.columns * item_size(wide), stream);
+      const Tensor first = tensor_of(matrix_at(memory.at<void>(), M, x.columns, wide), op.x);
+      const Rounded gate_weight(op.gate_weight, dtype, stream);
+      gemm("mlp_backward", Layout::nn, gate_gradient, gate_weight, {.out = first}, stream);
+      gemm("mlp_backward", Layout::nn, up_gradient, up_weight, {.out = op.dx, .residual = first},
+           stream);
+    } else {
+      gemm("mlp_backward", Layout::nn, up_gradient, up_weight, {.out = op.dx}, stream);
+    }
+  }
+  const auto parameters = [&](const Matrix& dy, const Matrix& from, const Tensor& dweight,
+                              const Tensor& dbias) {
+    if (dweight.given) gemm("mlp_backward", Layout::tn, dy, from, {.out = dweight}, stream);
+    sum_rows(dy, dbias, stream);
+  };
+  parameters(up_gradient, x, op.dup_weight, op.dup_bias);
+  if (gated) parameters(gate_gradient, x, op.dgate_weight, op.dgate_bias);
+  parameters(dout, matrix_of(h.tensor), op.ddown_weight, op.ddown_bias);
+}
+
+}  // namespace pykern::cuda
