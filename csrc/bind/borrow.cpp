@@ -149,9 +149,9 @@ static py::object call_dlpack(py::handle array, const char* op, const char* name
 
 void require_cuda(const char* kernel) {
   static std::atomic<bool> usable{false};  // once it is, it stays so
-  if (usable.load(std::memory_order_relaxed)) return;
+  if (!kCudaBuilt || usable.load(std::memory_order_relaxed)) return;
   const CudaStatus status = cuda_status();
-  PYKERN_CHECK(runtime, status.usable || !status.built, kernel, ": the CUDA kernels of pykern are ",
+  PYKERN_CHECK(runtime, status.usable, kernel, ": the CUDA kernels of pykern are ",
                status.sentence);
   usable.store(true, std::memory_order_relaxed);
 }

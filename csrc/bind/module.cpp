@@ -69,7 +69,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_status", [] { return cuda_status().sentence; });
   m.def("cuda_kernels", [] {
     std::vector<std::string> names;
-    if (!cuda_status().built) return names;
+    if (!kCudaBuilt) return names;
 #define PYKERN_NAME(kernel, Op) names.emplace_back(#kernel);
     PYKERN_CUDA_OPS(PYKERN_NAME)
 #undef PYKERN_NAME

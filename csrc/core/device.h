@@ -5,11 +5,13 @@
 namespace pykern {
 
 struct CudaStatus {
-  bool built = false;    // this build has CUDA kernels
-  bool usable = false;   // and there is a driver and a device for them
+  bool usable = false;   // there are kernels, and a driver and a device for them
   std::string sentence;  // why not, or on what
 };
 
-CudaStatus cuda_status();  // cheap, not cached: a device may appear
+extern const bool kCudaBuilt;  // this build has CUDA kernels
+
+// Asks the driver, which then no longer works in forked children. Not cached: a device may appear.
+CudaStatus cuda_status();
 
 }  // namespace pykern

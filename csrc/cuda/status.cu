@@ -13,8 +13,10 @@ static std::string version(int number) {  // 13000 is 13.0
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
 
+const bool kCudaBuilt = true;
+
 CudaStatus cuda_status() {
-  CudaStatus status{.built = true};
+  CudaStatus status;
   std::ostringstream text;
   text << "built for " << PYKERN_CUDA_ARCHS;
   int driver = 0, runtime = 0, devices = 0;

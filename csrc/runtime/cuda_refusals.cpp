@@ -28,6 +28,7 @@ PYKERN_CUDA_OPS(PYKERN_REFUSE)
 }  // namespace cuda
 
 #if !PYKERN_CUDA
+const bool kCudaBuilt = false;
 CudaStatus cuda_status() { return {.sentence = "not built"}; }
 #endif
 

@@ -15,7 +15,8 @@ PYKERN_OPS(PYKERN_EMULATE)
 #undef PYKERN_EMULATE
 }  // namespace cpu
 
-CudaStatus cuda_status() { return {.built = true, .usable = true, .sentence = "emulated"}; }
+const bool kCudaBuilt = true;
+CudaStatus cuda_status() { return {.usable = true, .sentence = "emulated"}; }
 
 namespace runtime {
 const char* isa() { return "emulated"; }
