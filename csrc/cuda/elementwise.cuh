@@ -16,15 +16,6 @@ struct Extent {
   }
 };
 
-inline bool is_contiguous(const Tensor& t) {
-  int64_t expected = 1;
-  for (int i = t.rank - 1; i >= 0; --i) {
-    if (t.size[i] != 1 && t.stride[i] != expected) return false;
-    expected *= t.size[i];
-  }
-  return true;
-}
-
 inline Tensor flattened(Tensor t) {
   if (!t.given) return t;
   t.size[0] = count(t);

@@ -52,6 +52,15 @@ int64_t rows(const Tensor& t) {
   return n;
 }
 
+bool is_contiguous(const Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.rank - 1; i >= 0; --i) {
+    if (t.size[i] != 1 && t.stride[i] != expected) return count(t) == 0;
+    expected *= t.size[i];
+  }
+  return true;
+}
+
 int64_t count(const Tensor& t) { return t.rank == 0 ? 1 : rows(t) * t.size[t.rank - 1]; }
 
 void Checker::floating(Arg a) const {
@@ -150,13 +159,8 @@ int64_t row_stride(const Tensor& t) {
 }
 
 void Checker::contiguous(Arg a) const {
-  if (!a.t.given) return;
-  int64_t expected = 1;
-  for (int i = a.t.rank - 1; i >= 0; --i) {
-    PYKERN_CHECK(value, a.t.size[i] == 1 || a.t.stride[i] == expected || count(a.t) == 0, op, ": ",
-                 a.name, " of shape ", shape(a.t), " must be contiguous");
-    expected *= a.t.size[i];
-  }
+  PYKERN_CHECK(value, !a.t.given || is_contiguous(a.t), op, ": ", a.name, " of shape ", shape(a.t),
+               " must be contiguous");
 }
 
 template <class Index>

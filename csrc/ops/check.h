@@ -20,6 +20,7 @@ DType stat_dtype(DType dtype);       // float64 for float64, else float32
 std::string shape(const Tensor& t);  // "[2, 3, 4]"
 int64_t count(const Tensor& t);      // number of elements
 int64_t rows(const Tensor& t);       // number of elements without the last dimension
+bool is_contiguous(const Tensor& t);
 
 struct Checker {
   const char* op;
