@@ -75,7 +75,6 @@ struct Product {
 // ---- halves, on the tensor cores
 
 constexpr int kTile = 128, kDepth = 32, kStages = 4;
-constexpr int kPair = 2;           // neighbours of a row that a thread holds of a tile of mma
 constexpr int kGemmThreads = 256;  // eight warps, two by four
 constexpr int kChunk = 8;          // numbers of 16 bytes
 

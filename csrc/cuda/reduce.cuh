@@ -10,19 +10,7 @@ namespace pykern::cuda {
 // Sums of float32 in double, where their error would show: the four numbers of a pack in float, so
 // there is one addition in double for them.
 template <class T>
-struct SumOf {
-  using type = float;
-};
-template <>
-struct SumOf<float> {
-  using type = double;
-};
-template <>
-struct SumOf<double> {
-  using type = double;
-};
-template <class T>
-using Sum = typename SumOf<T>::type;
+using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
 
 template <class C, int n>
 __device__ __forceinline__ C added(const C (&x)[n]) {  // in pairs

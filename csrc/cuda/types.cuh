@@ -1,6 +1,8 @@
 // The number types of the kernels. bf16 and f16 are for storage: arithmetic is in float, of double
 // in double.
 #pragma once
+#include <type_traits>
+
 #include "core/tensor.h"
 #include "cuda/ptx.cuh"
 
@@ -14,15 +16,7 @@ struct f16 {
 };
 
 template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using Compute = typename ComputeOf<T>::type;
+using Compute = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
