@@ -33,7 +33,7 @@ class Rival:
 
     def forward(self, ids: Tensor, past: int) -> Tensor:
         """Logits [B, V] after ids [B, T] at positions past, past + 1, ...; what was kept from past on is forgotten."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} only reads and continues texts")
 
     def prefill(self, ids: Tensor) -> Tensor:
         """Logits [B, V] after the texts ids [B, T], in an empty cache."""
