@@ -82,7 +82,7 @@ struct Squares {
 template <class T>
 __global__ void __launch_bounds__(kElementThreads) square_sums(const Squares a) {
   using C = Compute<T>;
-  auto& scratch = shared_memory<BlockScratch<double, 1>>();
+  AcrossRow across_row(shared_memory<RowScratch<double, 1>>());
   double sum[1] = {0};
   each_pack_of<T>(a.extent, [&](int64_t row, int64_t first, int64_t valid) {
     C x[kPack<T>];
@@ -91,16 +91,16 @@ __global__ void __launch_bounds__(kElementThreads) square_sums(const Squares a) 
     for (int j = 0; j < kPack<T>; ++j) x[j] *= x[j];
     sum[0] += added(x);
   });
-  across_block(sum, scratch, Add());
+  across_row(sum, Add());
   if (threadIdx.x == 0) a.partial[blockIdx.x] = sum[0];
 }
 
 __global__ void __launch_bounds__(kElementThreads)
     add_partial(const double* partial, int64_t count, double* out) {
-  auto& scratch = shared_memory<BlockScratch<double, 1>>();
+  AcrossRow across_row(shared_memory<RowScratch<double, 1>>());
   double sum[1] = {0};
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum[0] += partial[i];
-  across_block(sum, scratch, Add());
+  across_row(sum, Add());
   if (threadIdx.x == 0) *out = sum[0];
 }
 
@@ -128,7 +128,7 @@ void square_sum(const SquareSum& op, Stream stream) {
     if (grid.blocks.x > kPieces) grid.blocks.x = kPieces;
     const int64_t pieces = extent.rows == 0 || extent.D == 0 ? 0 : grid.blocks.x;
     const Workspace partial(pieces * sizeof(double), stream);
-    grid.shared = sizeof(BlockScratch<double, 1>);
+    grid.shared = sizeof(RowScratch<double, 1>);
     if (pieces > 0)
       launch("square_sum", square_sums<T>, grid, stream,
              Squares{rows_of(x), extent, partial.at<double>()});

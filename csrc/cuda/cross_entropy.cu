@@ -42,7 +42,7 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) cross_entropy_forward_kernel(const Forward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  auto& scratch = shared_memory<BlockScratch<double, 2>>();
+  AcrossRow across_row(shared_memory<RowScratch<double, 2>>());
   const Pieces<T>& pieces = a.pieces;
   const int64_t chunks = pieces.chunks(), V = pieces.D;
   const CrossEntropyOptions& o = a.options;
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_forward_kernel(cons
         }
       });
     double top[2] = {most, -INFINITY};
-    across_block(top, scratch, Larger());
+    across_row(top, Larger());
     double sums[2] = {most == -INFINITY ? sum : sum * exp(most - top[0]), total};
-    across_block(sums, scratch, Add());
+    across_row(sums, Add());
     if (threadIdx.x > 0) continue;
 
     const double e = o.label_smoothing, lse = top[0] + log(sums[0]);
@@ -162,7 +162,7 @@ void cross_entropy_forward(const CrossEntropyForward& op, Stream stream) {
                        .rows = rows,
                        .pieces = {V, takes_packs<T>(op.logits)}};
     launch("cross_entropy_forward", cross_entropy_forward_kernel<T>,
-           row_grid<T, double, 2>(rows, V), stream, a);
+           row_grid<double, 2>(T{}, rows, V, 1), stream, a);
   });
 }
 
@@ -181,7 +181,7 @@ void cross_entropy_backward(const CrossEntropyBackward& op, Stream stream) {
                         .rows = rows,
                         .pieces = {V, take_packs<T>({&op.logits, &op.dlogits})}};
     launch("cross_entropy_backward", cross_entropy_backward_kernel<T>,
-           row_grid<T, double, 2>(rows, V), stream, a);
+           row_grid<double, 2>(T{}, rows, V, 1), stream, a);
   });
 }
 

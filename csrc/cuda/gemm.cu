@@ -178,7 +178,7 @@ void sum_rows(const Matrix& m, const Tensor& out, Stream stream) {
                       .threads = dim3(kSumThreads)};
       launch("share_sums", share_sums<T>, grid, stream, a);
     }
-    add_columns<T>(memory.at<Compute<T>>(), shares, m.columns, out, stream);
+    add_columns<T>(memory.at<Compute<T>>(), shares, m.columns, out, nullptr, stream);
   });
 }
 

@@ -140,7 +140,7 @@ void linear_cross_entropy(const LinearCrossEntropy& op, Stream stream) {
   }
   if (op.dbias.given)
     with_type(dtype, [&]<class T>(T) {
-      add_columns<T>(dbias_memory.at<Compute<T>>(), sets, V, op.dbias, stream);
+      add_columns<T>(dbias_memory.at<Compute<T>>(), sets, V, op.dbias, nullptr, stream);
     });
 }
 

@@ -1,6 +1,6 @@
-// One block per row: which numbers of it each thread takes. Warp w takes the w-th run of kHeld * 32
-// packs, in any row, so a sum over a row does not change its order, nor its bits, when the row is
-// padded with zeros.
+// Rows of numbers on rows of a block's threads: which numbers of its row each thread takes. Warp w
+// takes the w-th run of kHeld * 32 packs, in any row, so a sum over a row does not change its
+// order, nor its bits, when the row is padded with zeros.
 #pragma once
 #include "cuda/reduce.cuh"
 #include "cuda/rows.cuh"
@@ -9,6 +9,7 @@ namespace pykern::cuda {
 
 constexpr int kHeld = 2;  // packs of a row that a thread holds: 16 numbers of a half type
 constexpr int kRowThreads = 512;
+constexpr int kBlockThreads = 256;  // of a block with several rows
 
 // Threads that hold a row of D numbers, if kRowThreads can.
 template <class T>
@@ -24,6 +25,8 @@ struct Pieces {
   int64_t D;
   bool vectors;  // rows begin where packs can be moved as a whole
 
+  // A block meets in its barriers as a whole: a row that is not there has no numbers.
+  __device__ __forceinline__ Pieces where(bool there) const { return {there ? D : 0, vectors}; }
   __device__ __forceinline__ int64_t chunks() const {
     const int64_t width = int64_t(kHeld) * blockDim.x * kPack<T>;
     return D > width ? (D + width - 1) / width : 1;
@@ -41,12 +44,20 @@ struct Pieces {
   }
 };
 
-// A block per row, with scratch for reductions of n numbers of C.
-template <class T, class C, int n>
-Grid row_grid(int64_t rows, int64_t D) {
-  return {.blocks = dim3(rows < kMaxBlocks ? rows : kMaxBlocks),
-          .threads = dim3(row_threads<T>(D)),
-          .shared = sizeof(BlockScratch<C, n>)};
+// How many rows of D numbers a block takes at a time.
+template <class T>
+int rows_together(int64_t D) {
+  const int threads = row_threads<T>(D);
+  return threads < kBlockThreads ? kBlockThreads / threads : 1;
+}
+
+// `together` rows a block, with scratch for reductions of n numbers of C.
+template <class C, int n, class T>
+Grid row_grid(T, int64_t rows, int64_t D, int together) {
+  const int64_t blocks = ceil_div(rows, together);
+  return {.blocks = dim3(blocks < kMaxBlocks ? blocks : kMaxBlocks),
+          .threads = dim3(row_threads<T>(D), together),
+          .shared = sizeof(RowScratch<C, n>)};
 }
 
 }  // namespace pykern::cuda

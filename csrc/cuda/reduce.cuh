@@ -1,4 +1,5 @@
-// Sums and maxima over a warp and over a block, in an order that the number of threads fixes.
+// Sums and maxima over a warp and over a row of a block's threads, in an order that the number of
+// threads fixes.
 #pragma once
 #include <math.h>
 
@@ -49,27 +50,42 @@ __device__ __forceinline__ C across_warp(C x, Join join) {
   return x;
 }
 
-// What a block needs to reduce n numbers at a time.
+// What AcrossRow needs for n numbers at a time.
 template <class C, int n>
-struct BlockScratch {
-  C partial[n][kMaxWarps];
+struct RowScratch {
+  C partial[2][n][kMaxWarps];
 };
 
-// Each x[i] becomes its reduction over the block, for every thread.
-template <class C, int n, class Join>
-__device__ __forceinline__ void across_block(C (&x)[n], BlockScratch<C, n>& scratch, Join join) {
-  const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+// Reductions over the threads of a row of the block (those of one threadIdx.y), in an order that
+// their number fixes. Two sets of scratch take turns, so that a barrier each is enough: whoever
+// writes a set again has met all others since they read it. All threads of the block call.
+template <class C, int n>
+class AcrossRow {
+ public:
+  __device__ __forceinline__ explicit AcrossRow(RowScratch<C, n>& scratch) : scratch_(scratch) {}
+
+  // Each x[i] becomes its reduction, for every thread of the row.
+  template <class Join>
+  __device__ __forceinline__ void operator()(C (&x)[n], Join join) {
+    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int first = threadIdx.y * warps;
 #pragma unroll
-  for (int i = 0; i < n; ++i) x[i] = across_warp(x[i], join);
-  if (warps == 1) return;
-  __syncthreads();  // the last reduction has been read
+    for (int i = 0; i < n; ++i) x[i] = across_warp(x[i], join);
+    if (warps == 1) return;
+    auto& partial = scratch_.partial[turn_];
+    turn_ ^= 1;
 #pragma unroll
-  for (int i = 0; i < n; ++i)
-    if (lane == 0) scratch.partial[i][warp] = x[i];
-  __syncthreads();
+    for (int i = 0; i < n; ++i)
+      if (lane == 0) partial[i][first + warp] = x[i];
+    __syncthreads();
 #pragma unroll
-  for (int i = 0; i < n; ++i)
-    x[i] = across_warp(lane < warps ? scratch.partial[i][lane] : C(Join::kNothing), join);
-}
+    for (int i = 0; i < n; ++i)
+      x[i] = across_warp(lane < warps ? partial[i][first + lane] : C(Join::kNothing), join);
+  }
+
+ private:
+  RowScratch<C, n>& scratch_;
+  int turn_ = 0;
+};
 
 }  // namespace pykern::cuda

@@ -93,23 +93,29 @@ struct Pack {
   alignas(Word) T of[n];
 };
 
-// v = n numbers from p on, the first `valid` of which exist; vectors: all do, and p is aligned
+// n numbers from p on, the first `valid` of which exist, the others 0; vectors: all of a row's
+// packs are aligned
 template <class T, int n>
-__device__ __forceinline__ void load(const T* p, int64_t valid, bool vectors, Compute<T> (&v)[n]) {
+__device__ __forceinline__ void read(const T* p, int64_t valid, bool vectors, Pack<T, n>& pack) {
   if (vectors && valid >= n) {
     using P = Pack<T, n>;
-    P pack;
 #pragma unroll
     for (int w = 0; w < P::kWords; ++w) {
       const typename P::Word word = reinterpret_cast<const typename P::Word*>(p)[w];
       memcpy(reinterpret_cast<char*>(&pack) + w * sizeof word, &word, sizeof word);
     }
-#pragma unroll
-    for (int j = 0; j < n; ++j) v[j] = widen(pack.of[j]);
   } else {
 #pragma unroll
-    for (int j = 0; j < n; ++j) v[j] = j < valid ? widen(p[j]) : Compute<T>(0);
+    for (int j = 0; j < n; ++j) pack.of[j] = j < valid ? p[j] : T{};
   }
+}
+
+template <class T, int n>
+__device__ __forceinline__ void load(const T* p, int64_t valid, bool vectors, Compute<T> (&v)[n]) {
+  Pack<T, n> pack;
+  read(p, valid, vectors, pack);
+#pragma unroll
+  for (int j = 0; j < n; ++j) v[j] = widen(pack.of[j]);
 }
 
 template <class T, int n, class C>

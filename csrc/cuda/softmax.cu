@@ -1,5 +1,5 @@
-// softmax over rows, one block each, which holds the row in registers while it fits. Hidden places
-// (mask false) count as -infinity and are 0 in the result, whatever stands there.
+// softmax over rows, one row of a block's threads each, which holds it in registers while it fits.
+// Hidden places (mask false) count as -infinity and are 0 in the result, whatever stands there.
 //   backward  dx = out (dout - sum out dout),  0 where out is 0
 #include "cuda/math.cuh"
 #include "cuda/pieces.cuh"
@@ -20,13 +20,15 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) softmax_forward_kernel(const Forward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  auto& scratch = shared_memory<BlockScratch<Sum<T>, 1>>();
-  const Pieces<T>& pieces = a.pieces;
-  const int64_t chunks = pieces.chunks();
+  AcrossRow across_row(shared_memory<RowScratch<Sum<T>, 1>>());
+  const int64_t chunks = a.pieces.chunks(), together = blockDim.y;
   C v[kHeld][W];
   unsigned visible[kHeld];  // a bit per number
 
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+  for (int64_t begin = blockIdx.x * together; begin < a.rows; begin += gridDim.x * together) {
+    const bool there = begin + threadIdx.y < a.rows;
+    const Pieces<T> pieces = a.pieces.where(there);
+    const int64_t row = there ? begin + threadIdx.y : begin;
     const T* x = static_cast<const T*>(a.x.data) + a.x.offset(row);
     T* out = static_cast<T*>(a.out.data) + a.out.offset(row);
     const uint8_t* mask =
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(kRowThreads) softmax_forward_kernel(const Forw
           if (visible[p] >> j & 1) top[0] = Larger()(top[0], Sum<T>(v[p][j]));
       });
     }
-    across_block(top, scratch, Larger());
+    across_row(top, Larger());
     const C shift = top[0] == -INFINITY ? C(0) : C(top[0]);  // all hidden, or as good as hidden
 
     Sum<T> sum[1] = {0};
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(kRowThreads) softmax_forward_kernel(const Forw
         sum[0] += added(v[p]);
       });
     }
-    across_block(sum, scratch, Add());
+    across_row(sum, Add());
     const C total = sum[0] == 0 ? C(1) : C(sum[0]);
 
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -92,12 +94,14 @@ template <class T>
 __global__ void __launch_bounds__(kRowThreads) softmax_backward_kernel(const Backward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  auto& scratch = shared_memory<BlockScratch<Sum<T>, 1>>();
-  const Pieces<T>& pieces = a.pieces;
-  const int64_t chunks = pieces.chunks();
+  AcrossRow across_row(shared_memory<RowScratch<Sum<T>, 1>>());
+  const int64_t chunks = a.pieces.chunks(), together = blockDim.y;
   C y[kHeld][W], dy[kHeld][W];
 
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
+  for (int64_t begin = blockIdx.x * together; begin < a.rows; begin += gridDim.x * together) {
+    const bool there = begin + threadIdx.y < a.rows;
+    const Pieces<T> pieces = a.pieces.where(there);
+    const int64_t row = there ? begin + threadIdx.y : begin;
     const T* out = static_cast<const T*>(a.out.data) + a.out.offset(row);
     const T* dout = static_cast<const T*>(a.dout.data) + a.dout.offset(row);
     T* dx = static_cast<T*>(a.dx.data) + a.dx.offset(row);
@@ -119,7 +123,7 @@ __global__ void __launch_bounds__(kRowThreads) softmax_backward_kernel(const Bac
         sum[0] += added(term);
       });
     }
-    across_block(sum, scratch, Add());
+    across_row(sum, Add());
     const C mean = static_cast<C>(sum[0]);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       if (chunks > 1) read(chunk);
@@ -147,8 +151,8 @@ void softmax_forward(const SoftmaxForward& op, Stream stream) {
                        .mask_step = op.mask.given ? op.mask.stride[last] : 0,
                        .rows = rows,
                        .pieces = {D, take_packs<T>({&op.x, &op.out})}};
-    launch("softmax_forward", softmax_forward_kernel<T>, row_grid<T, Sum<T>, 1>(rows, D), stream,
-           a);
+    launch("softmax_forward", softmax_forward_kernel<T>,
+           row_grid<Sum<T>, 1>(T{}, rows, D, rows_together<T>(D)), stream, a);
   });
 }
 
@@ -162,8 +166,8 @@ void softmax_backward(const SoftmaxBackward& op, Stream stream) {
                         .dx = rows_of(op.dx),
                         .rows = rows,
                         .pieces = {D, take_packs<T>({&op.out, &op.dout, &op.dx})}};
-    launch("softmax_backward", softmax_backward_kernel<T>, row_grid<T, Sum<T>, 1>(rows, D), stream,
-           a);
+    launch("softmax_backward", softmax_backward_kernel<T>,
+           row_grid<Sum<T>, 1>(T{}, rows, D, rows_together<T>(D)), stream, a);
   });
 }
 

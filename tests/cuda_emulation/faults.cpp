@@ -97,8 +97,8 @@ __global__ void missing_thread(const float* in, float* out) {
   if (!all && threadIdx.x < 32) return;
   if (threadIdx.x >= 32 || all) {
     float x[1] = {in[threadIdx.x]};
-    auto& scratch = shared_memory<BlockScratch<float, 1>>();
-    across_block(x, scratch, Add());  // warp 0 leaves its partial sum unwritten
+    AcrossRow across_row(shared_memory<RowScratch<float, 1>>());
+    across_row(x, Add());  // warp 0 leaves its partial sum unwritten
     out[threadIdx.x] = x[0];
   }
 }
@@ -188,7 +188,7 @@ const Case kCases[] = {
     CASE(pending, copy_stages<1>, copy_stages<2>, sizeof(Numbers), kThreads, half_reversed, 64),
     CASE(divergent, divergent_barrier<true>, divergent_barrier<false>, 0, kThreads, same, kThreads),
     CASE(lane, missing_lane<true>, missing_lane<false>, 0, kThreads, warp_sum, kThreads),
-    CASE(thread, missing_thread<true>, missing_thread<false>, (sizeof(BlockScratch<float, 1>)),
+    CASE(thread, missing_thread<true>, missing_thread<false>, (sizeof(RowScratch<float, 1>)),
          kThreads, block_sum, kThreads),
     CASE(beyond, beyond_shared<0>, beyond_shared<1>, sizeof(Numbers), kThreads, same, kThreads),
     CASE(beyond_global, beyond_global<0>, beyond_global<1>, 0, kThreads, same, kThreads),

@@ -8,6 +8,7 @@
 
 #include "cuda/embedding.cu"
 #include "cuda/norm.cu"
+#include "cuda/norm_backward.cu"
 
 using namespace pykern;
 using Numbers = std::vector<float>;
