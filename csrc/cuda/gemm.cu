@@ -1,6 +1,8 @@
 #include "cuda/columns.cuh"
 #include "cuda/elementwise.cuh"
-#include "cuda/gemm.cuh"
+#include "cuda/gemm_halves.cuh"
+#include "cuda/gemm_plain.cuh"
+#include "cuda/ring.cuh"
 
 namespace pykern::cuda {
 namespace {
@@ -29,24 +31,83 @@ Epilogue<T> epilogue_of(const After& after) {
           .vectors = vectors};
 }
 
+// ---- the sums of parts of k, added in order
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads) add_parts(const Product<T> p, int64_t parts) {
+  constexpr int W = kPack<T>;
+  const int64_t M = p.a.rows, N = p.b.rows;
+  each_pack_of<T>(Extent{M, N, true}, [&](int64_t m, int64_t n, int64_t valid) {
+    Compute<T> sum[W] = {}, part[W];
+    for (int64_t i = 0; i < parts; ++i) {
+      load(p.partial + (i * M + m) * N + n, valid, N % W == 0, part);
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum[j] += part[j];
+    }
+    p.epilogue(m, n, valid, sum);
+  });
+}
+
+// In how many parts k is summed. The rows of C must not matter where they are those of x: forward
+// and for dx, parts are for a long k beside few columns (the gradient of a vocabulary). For dweight
+// parts fill a GPU of about kFilled tiles at a time.
+constexpr int64_t kFilled = 264, kMostParts = 16, kLeastDepth = 1024, kLongDepth = 8192;
+
+int64_t parts_of_k(Layout layout, int64_t M, int64_t N, int64_t K) {
+  int64_t parts = 1;
+  if (layout == Layout::tn)
+    parts = kFilled / (ceil_div(M, 128) * ceil_div(N, 128) + 1);
+  else if (N <= 2048)
+    parts = K / kLongDepth;
+  const int64_t most = K / kLeastDepth < kMostParts ? K / kLeastDepth : kMostParts;
+  parts = parts < most ? parts : most;
+  return parts < 1 ? 1 : parts;
+}
+
+// 256 columns a block read less per product, 128 leave less of the GPU idle in the end.
+bool takes_wide_tiles(int64_t rows, int64_t columns, int64_t parts) {
+  const auto filled = [&](int64_t tile, int64_t at_once) {
+    const int64_t tiles = ceil_div(rows, kTileRows) * ceil_div(columns, tile) * parts;
+    return static_cast<double>(rows * columns * parts) /
+           static_cast<double>(ceil_div(tiles, at_once) * at_once * kTileRows * tile);
+  };
+  const int64_t processors = walking_blocks(int64_t{1} << 30) / 2;
+  return filled(256, processors) > 0.85 * filled(128, 2 * processors);
+}
+
 template <class T, Layout layout>
 void run(const char* what, const Matrix& a, const Matrix& b, const After& after, Stream stream) {
   constexpr bool a_by_k = layout != Layout::tn, b_by_k = layout == Layout::nt;
-  constexpr bool halves = sizeof(T) == 2;
-  constexpr int tile = halves ? kTile : kPlainTile;
   const Factor left = factor_of<T>(a, !a_by_k), right = factor_of<T>(b, !b_by_k);
-  if (left.rows == 0 || right.rows == 0) return;
-  const TileOrder order{ceil_div(left.rows, tile), ceil_div(right.rows, tile)};
-  const Product<T> product{left, right, a_by_k ? a.columns : a.rows, order, epilogue_of<T>(after)};
-  Grid grid{.blocks = dim3(order.rows * order.columns),
-            .threads = dim3(halves ? kGemmThreads : kPlainThreads)};
-  if constexpr (halves) {
-    grid.shared = sizeof(Stages<T>);
-    launch(what, gemm_halves<T, a_by_k, b_by_k>, grid, stream, product);
+  const int64_t M = left.rows, N = right.rows, K = a_by_k ? a.columns : a.rows;
+  if (M == 0 || N == 0) return;
+  const int64_t parts = parts_of_k(layout, M, N, K);
+  const Workspace partial(parts > 1 ? parts * M * N * sizeof(Compute<T>) : 0, stream);
+  Product<T> product{.a = left,
+                     .b = right,
+                     .K = K,
+                     .order = {},
+                     .epilogue = epilogue_of<T>(after),
+                     .k_of_part = ceil_div(ceil_div(K, parts), 128) * 128,
+                     .partial = partial.at<Compute<T>>()};
+  const auto start = [&](auto kernel, int rows, int columns, int threads, size_t shared) {
+    product.order = {ceil_div(M, rows), ceil_div(N, columns)};
+    const Grid grid{.blocks = dim3(product.order.rows * product.order.columns, 1, parts),
+                    .threads = dim3(threads),
+                    .shared = shared};
+    launch(what, kernel, grid, stream, product);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (takes_wide_tiles(M, N, parts))
+      start(gemm_halves<T, a_by_k, b_by_k, 256>, kTileRows, 256, 256, sizeof(Stages<T, 256>));
+    else
+      start(gemm_halves<T, a_by_k, b_by_k, 128>, kTileRows, 128, 128, sizeof(Stages<T, 128>));
   } else {
-    grid.shared = sizeof(PlainStage<T>);
-    launch(what, gemm_plain<T, a_by_k, b_by_k>, grid, stream, product);
+    start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile, kPlainTile, kPlainThreads,
+          sizeof(PlainStage<T>));
   }
+  if (parts > 1)
+    launch("add_parts", add_parts<T>, element_grid<T>(Extent{M, N, true}), stream, product, parts);
 }
 
 // ---- copies in T

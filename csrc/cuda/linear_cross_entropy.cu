@@ -8,13 +8,14 @@
 namespace pykern::cuda {
 namespace {
 
-constexpr int64_t kLogitBytes = 32 << 20;  // of all rows at a time: they stay in the L2 of an H100
+constexpr int64_t kLogitBytes = 128 << 20;  // of all rows at a time
+constexpr int64_t kLeastRows = 1024;        // so that the products with them fill a GPU
 constexpr int64_t kRowStep = 128;  // their number is a multiple of this, a tile of a product
 
 // A function of V alone, so that the order of the sums of dweight is one, too.
 int64_t rows_at_once(int64_t M, int64_t V, int64_t item) {
   const int64_t fit = kLogitBytes / (V * item + 1) / kRowStep * kRowStep;
-  const int64_t rows = fit < kRowStep ? kRowStep : fit;
+  const int64_t rows = fit < kLeastRows ? kLeastRows : fit;
   return rows < M ? rows : M;
 }
 

@@ -1,0 +1,207 @@
+// Products of halves by mma.sync: 128 rows of C per block and 128 or 256 columns, 64 x 64 per warp,
+// four stages of 32 k under way by cp.async, the fragments of 16 k read while those before are
+// multiplied.
+#pragma once
+#include "cuda/gemm.cuh"
+
+namespace pykern::cuda {
+
+constexpr int kTileRows = 128, kDepth = 32, kStages = 4;
+constexpr int kWarpTile = 64;  // rows and columns of a warp
+constexpr int kChunk = 8;      // numbers of 16 bytes
+
+// Threads of a block are as many as columns: two warps up, kColumns / 64 across.
+template <class T, int kColumns>
+struct Stages {
+  alignas(128) T a[kStages][kTileRows * kDepth], b[kStages][kColumns * kDepth];
+};
+
+// A stage of a factor is [row][k] where k is contiguous, else [k][row], in chunks of 8 numbers that
+// are permuted within a line so that eight that ldmatrix reads at once are in different banks.
+template <bool k_contiguous, int kRows>
+struct StageLayout {
+  static constexpr int kPerLine = (k_contiguous ? kDepth : kRows) / kChunk;
+  static constexpr int kLines = k_contiguous ? kRows : kDepth;
+
+  __device__ __forceinline__ static int swizzle(int line) {
+    return k_contiguous ? line / 2 % 4 : line % 8;
+  }
+};
+
+// Copies one factor's part of each stage: every thread the same chunk of some lines.
+template <class T, bool k_contiguous, int kRows, int kThreads>
+class Fetcher {
+  using Layout = StageLayout<k_contiguous, kRows>;
+  static constexpr int kStep = kThreads / Layout::kPerLine, kTimes = Layout::kLines / kStep;
+  static_assert(kStep % 8 == 0);  // so a thread's lines have one swizzle
+
+ public:
+  __device__ __forceinline__ Fetcher(const Factor& f, int64_t first_row, int64_t first_k)
+      : stride_(f.stride), aligned_(f.aligned) {
+    const int line = threadIdx.x / Layout::kPerLine, chunk = threadIdx.x % Layout::kPerLine;
+    const int64_t outer = (k_contiguous ? first_row : first_k) + line;
+    const int64_t inner = (k_contiguous ? first_k : first_row) + chunk * kChunk;
+    from_ = static_cast<const T*>(f.data) + outer * stride_ + inner;
+    to_ = (line * Layout::kPerLine + (chunk ^ Layout::swizzle(line))) * kChunk;
+    before_k_ = k_contiguous ? chunk * kChunk : line;
+    const int64_t left = f.rows - (k_contiguous ? outer : inner);
+    rows_left_ = static_cast<int>(left < kRows ? left : kRows);
+  }
+
+  // The next kDepth of k, of which `left` exist; what is not there becomes 0.
+  __device__ __forceinline__ void operator()(int64_t left, T* stage) {
+    const int k_left = static_cast<int>(left < kDepth ? left : kDepth) - before_k_;
+    const int outer_left = k_contiguous ? rows_left_ : k_left;
+    int inner_left = k_contiguous ? k_left : rows_left_;
+    inner_left = inner_left < 0 ? 0 : inner_left > kChunk ? kChunk : inner_left;
+    if (aligned_) {
+#pragma unroll
+      for (int i = 0; i < kTimes; ++i)
+        cp_async16(stage + to_ + i * (kStep * Layout::kPerLine * kChunk),
+                   from_ + i * kStep * stride_,
+                   i * kStep < outer_left ? inner_left * static_cast<int>(sizeof(T)) : 0);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kTimes; ++i)
+#pragma unroll 1
+        for (int j = 0; j < kChunk; ++j)
+          stage[to_ + i * (kStep * Layout::kPerLine * kChunk) + j] =
+              i * kStep < outer_left && j < inner_left ? from_[i * kStep * stride_ + j] : T{0};
+    }
+    from_ += k_contiguous ? kDepth : kDepth * stride_;
+  }
+
+ private:
+  const T* from_;
+  int64_t stride_;
+  int to_, before_k_, rows_left_;
+  bool aligned_;
+};
+
+// Reads a warp's fragments: number i is 16 rows by 16 k, as a left factor of mma or as two right
+// ones.
+template <class T, bool k_contiguous, int kRows, bool left>
+class Reader {
+  using Layout = StageLayout<k_contiguous, kRows>;
+
+ public:
+  __device__ __forceinline__ explicit Reader(int first_row) {
+    const int lane = threadIdx.x % kWarp;
+    const bool tall = left == k_contiguous;  // which index the upper half of the lanes moves
+    const int line = tall ? lane % 16 : lane % 8 + lane / 16 * 8;
+    half_ = (tall ? lane / 16 : lane / 8 % 2) ^ Layout::swizzle(line);
+    line_ = k_contiguous ? (first_row + line) * Layout::kPerLine
+                         : line * Layout::kPerLine + first_row / kChunk;
+  }
+  __device__ __forceinline__ void operator()(uint32_t (&r)[4], const T* stage, int i, int k) const {
+    if constexpr (k_contiguous)
+      ldmatrix_x4(r, stage + (line_ + 16 * i * Layout::kPerLine + (half_ ^ k / kChunk)) * kChunk);
+    else
+      ldmatrix_x4_trans(r, stage + (line_ + k * Layout::kPerLine + (half_ ^ 2 * i)) * kChunk);
+  }
+
+ private:
+  int line_, half_;  // in chunks
+};
+
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, bf16) {
+  mma_bf16(d, a, b0, b1);
+}
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, f16) {
+  mma_f16(d, a, b0, b1);
+}
+
+// Half a tile of sums, rows apart by more than the banks.
+template <int kColumns>
+struct Sums {
+  float of[kWarpTile][kColumns + 4];
+};
+
+template <class T, bool a_by_k, bool b_by_k, int kColumns>
+__global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
+    gemm_halves(const Product<T> p) {
+  constexpr int kUp = kWarpTile / 16, kAcross = kWarpTile / 8, kThreads = kColumns;
+  auto& stages = shared_memory<Stages<T, kColumns>>();
+  int64_t tile_row, tile_column;
+  p.order.at(blockIdx.x, &tile_row, &tile_column);
+  const int64_t m0 = tile_row * kTileRows, n0 = tile_column * kColumns;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int up = warp % 2 * kWarpTile, across = warp / 2 * kWarpTile;
+
+  int64_t left = p.end_k() - p.first_k();
+  const int depths = static_cast<int>((left + kDepth - 1) / kDepth);
+  Fetcher<T, a_by_k, kTileRows, kThreads> fetch_a(p.a, m0, p.first_k());
+  Fetcher<T, b_by_k, kColumns, kThreads> fetch_b(p.b, n0, p.first_k());
+  const auto start = [&](int depth) {
+    if (depth < depths) {
+      fetch_a(left, stages.a[depth % kStages]);
+      fetch_b(left, stages.b[depth % kStages]);
+      left -= kDepth;
+    }
+    cp_async_commit();  // also of nothing: groups are counted
+  };
+  const Reader<T, a_by_k, kTileRows, true> read_a(up);
+  const Reader<T, b_by_k, kColumns, false> read_b(across);
+  uint32_t a[2][kUp][4], b[2][kAcross / 2][4];  // fragments in use, and the next ones
+  const auto read = [&](int which, int depth, int k) {
+#pragma unroll
+    for (int i = 0; i < kUp; ++i) read_a(a[which][i], stages.a[depth % kStages], i, k);
+#pragma unroll
+    for (int j = 0; j < kAcross / 2; ++j) read_b(b[which][j], stages.b[depth % kStages], j, k);
+  };
+  float sum[kUp][kAcross][4] = {};
+  const auto multiply_all = [&](int which) {
+#pragma unroll
+    for (int i = 0; i < kUp; ++i)
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j)
+        multiply(sum[i][j], a[which][i], b[which][j / 2][j % 2 * 2], b[which][j / 2][j % 2 * 2 + 1],
+                 T{});
+  };
+
+  for (int depth = 0; depth < kStages - 1; ++depth) start(depth);
+  cp_async_wait<kStages - 2>();
+  __syncthreads();
+  if (depths > 0) read(0, 0, 0);
+  for (int depth = 0; depth < depths; ++depth) {
+    read(1, depth, kDepth / 2);
+    start(depth + kStages - 1);  // where the stage before was: all have read it
+    multiply_all(0);
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // the next stage is there for all
+    if (depth + 1 < depths) read(0, depth + 1, 0);
+    multiply_all(1);
+  }
+
+  // Through shared memory, so that neighbours of a row are written together, by one copy of the
+  // epilogue: the upper half of the tile, then the lower.
+  cp_async_wait<0>();
+  auto& sums = reinterpret_cast<Sums<kColumns>&>(stages);
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    __syncthreads();  // the stages, or the first half, have been read
+    if (warp % 2 == half) {
+#pragma unroll
+      for (int i = 0; i < kUp; ++i)
+#pragma unroll
+        for (int j = 0; j < kAcross; ++j)
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            sums.of[16 * i + lane / 4 + r / 2 * 8][across + 8 * j + lane % 4 * 2 + r % 2] =
+                sum[i][j][r];
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kWarpTile * (kColumns / kChunk); i += kThreads) {
+      const int row = i / (kColumns / kChunk), column = i % (kColumns / kChunk) * kChunk;
+      float v[kChunk];
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) v[j] = sums.of[row][column + j];
+      p.finish(m0 + half * kWarpTile + row, n0 + column, v);
+    }
+  }
+}
+
+}  // namespace pykern::cuda
