@@ -71,6 +71,7 @@ bool takes_wide_tiles(int64_t rows, int64_t columns, int64_t parts) {
     return static_cast<double>(rows * columns * parts) /
            static_cast<double>(ceil_div(tiles, at_once) * at_once * kTileRows * tile);
   };
+  if (columns <= 128) return false;
   const int64_t processors = walking_blocks(int64_t{1} << 30) / 2;
   return filled(256, processors) > 0.85 * filled(128, 2 * processors);
 }

@@ -57,12 +57,16 @@ void launch(const char* what, void (*kernel)(Parameters...), const Grid& grid, S
   require(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
 }
 
+cudaMemPool_t scratch_pool();  // of the current device
+
 // Scratch memory of one call, in the order of its stream: it may be captured in a graph, and
 // nothing waits.
 class Workspace {
  public:
   Workspace(size_t bytes, Stream stream) : stream_(static_cast<cudaStream_t>(stream)) {
-    if (bytes > 0) require(cudaMallocAsync(&data_, bytes, stream_), "cudaMallocAsync");
+    if (bytes > 0)
+      require(cudaMallocFromPoolAsync(&data_, bytes, scratch_pool(), stream_),
+              "cudaMallocFromPoolAsync");
   }
   ~Workspace() {
     if (data_) (void)cudaFreeAsync(data_, stream_);
