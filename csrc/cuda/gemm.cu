@@ -48,20 +48,24 @@ __global__ void __launch_bounds__(kElementThreads) add_parts(const Product<T> p,
   });
 }
 
-// In how many parts k is summed. The rows of C must not matter where they are those of x: forward
-// and for dx, parts are for a long k beside few columns (the gradient of a vocabulary). For dweight
-// parts fill a GPU of about kFilled tiles at a time.
-constexpr int64_t kFilled = 264, kMostParts = 16, kLeastDepth = 1024, kLongDepth = 8192;
+// How long the parts are in which k is summed. They begin at fixed places, so that rows of zeros at
+// the end of k change no bit. The rows of C must not matter where they are those of x: forward and
+// for dx, parts are for a long k beside few columns (the gradient of a vocabulary). For dweight
+// they fill a GPU of about kFilled tiles at a time where k is kUsualDepth.
+constexpr int64_t kFilled = 264, kUsualDepth = 8192;
+constexpr int64_t kLeastPart = 1024, kLongPart = 8192, kMostParts = 32;
 
-int64_t parts_of_k(Layout layout, int64_t M, int64_t N, int64_t K) {
-  int64_t parts = 1;
-  if (layout == Layout::tn)
-    parts = kFilled / (ceil_div(M, 128) * ceil_div(N, 128) + 1);
-  else if (N <= 2048)
-    parts = K / kLongDepth;
-  const int64_t most = K / kLeastDepth < kMostParts ? K / kLeastDepth : kMostParts;
-  parts = parts < most ? parts : most;
-  return parts < 1 ? 1 : parts;
+int64_t length_of_parts(Layout layout, int64_t M, int64_t N, int64_t K) {
+  int64_t length = K;
+  if (layout == Layout::tn) {
+    const int64_t tiles = ceil_div(M, 128) * ceil_div(N, 128);
+    length = ceil_div(kUsualDepth * tiles, kFilled * 128) * 128;
+    length = length < kLeastPart ? kLeastPart : length;
+    while (length * kMostParts < K) length *= 2;
+  } else if (N <= 2048) {
+    length = kLongPart;
+  }
+  return length < K ? length : K;
 }
 
 // 256 columns a block read less per product, 128 leave less of the GPU idle in the end.
@@ -82,14 +86,14 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
   const Factor left = factor_of<T>(a, !a_by_k), right = factor_of<T>(b, !b_by_k);
   const int64_t M = left.rows, N = right.rows, K = a_by_k ? a.columns : a.rows;
   if (M == 0 || N == 0) return;
-  const int64_t parts = parts_of_k(layout, M, N, K);
+  const int64_t length = length_of_parts(layout, M, N, K), parts = K > 0 ? ceil_div(K, length) : 1;
   const Workspace partial(parts > 1 ? parts * M * N * sizeof(Compute<T>) : 0, stream);
   Product<T> product{.a = left,
                      .b = right,
                      .K = K,
                      .order = {},
                      .epilogue = epilogue_of<T>(after),
-                     .k_of_part = ceil_div(ceil_div(K, parts), 128) * 128,
+                     .k_of_part = length,
                      .partial = partial.at<Compute<T>>()};
   const auto start = [&](auto kernel, int rows, int columns, int threads, size_t shared) {
     product.order = {ceil_div(M, rows), ceil_div(N, columns)};

@@ -9,6 +9,7 @@
 #include "cuda/embedding.cu"
 #include "cuda/norm.cu"
 #include "cuda/norm_backward.cu"
+#include "cuda/workspace.cu"
 
 using namespace pykern;
 using Numbers = std::vector<float>;
