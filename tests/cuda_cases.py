@@ -210,10 +210,11 @@ def linear_inputs(residual):
 def products():
     kernels = ("linear_forward", "linear_backward")
     shapes = {"odd": (5, 33, 17), "tiles": (128, 256, 384), "odd tiles": (133, 321, 259), "one row": (1, 768, 3072)}
+    parts = {"many rows": (2500, 40, 24), "many outputs": (3, 24, 20000)}  # sums over k in parts
     for name, options in (("linear", {}), ("linear, gelu_tanh, residual", dict(activation="gelu_tanh"))):
         ours = out(lambda options=options, **inputs: pykern.linear(**inputs, **options))
         formula = out(lambda options=options, **inputs: reference.linear(**inputs, **options))
-        yield name, Op(kernels, shapes, linear_inputs(bool(options)), ours, formula, rows=("x", "weight"))
+        yield name, Op(kernels, shapes | parts, linear_inputs(bool(options)), ours, formula, rows=("x", "weight"))
 
     def layers(gated):
         def make(dtype, M, K, H):
@@ -236,13 +237,12 @@ def products():
         return dict(x=draw(M, K, dtype=dtype), weight=draw(V, K, dtype=dtype, seed=1, spread=K**-0.5), target=target)
 
     shapes = {"odd": (5, 33, 71), "tiles": (256, 128, 1024), "odd tiles": (261, 65, 5003)}
-    yield (
-        "linear_cross_entropy",
-        Op(
-            *(("linear_cross_entropy",), shapes, head, out(pykern.linear_cross_entropy)),
-            *(out(reference.linear_cross_entropy), (), ("x", "weight")),
-        ),
-    )
+    kernels, name = ("linear_cross_entropy",), "linear_cross_entropy"
+    ours, formula = pykern.linear_cross_entropy, reference.linear_cross_entropy
+    yield name, Op(kernels, shapes, head, out(ours), out(formula), rows=("x", "weight"))
+    sums = [out(lambda f=f, **inputs: f(**inputs, reduction="sum")) for f in (ours, formula)]
+    dtypes = (torch.float32, torch.bfloat16)  # gradients are too small for float16
+    yield f"{name}, two sets of rows", Op(kernels, {"two": (1100, 24, 8300)}, head, *sums, dtypes=dtypes)
 
 
 def attention_inputs(dtype, B, H, G, T, S, D):

@@ -47,6 +47,7 @@ FAULTS = {
     "thread": "wrong",
     "too_little_shared": "the kernel uses 512 bytes of shared memory, the launch asked for 64",
     "alignment": "an asynchronous copy of 16 bytes is not aligned",
+    "store_to_shared": "a global store to shared memory",
     "rows": "wrong",
     "threads": "a block of 100 threads: no whole warps",
 }

@@ -142,6 +142,21 @@ def test_repeats_have_the_same_bits(name, device):
                 assert_same(first, kept, f"{name} {dtype}")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_thousand_products_have_the_same_bits(dtype):
+    op_of("linear", "cuda")
+    op = OPS["linear"]
+    inputs = moved(op.inputs(dtype, 1000, 768, 520), "cuda")
+    first, douts = results(op, op.function, inputs)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        again, _ = results(op, op.function, inputs, douts)
+        for name, x in first.items():
+            different += (x.view(torch.uint8) != again[name].view(torch.uint8)).sum()
+    assert different.item() == 0
+
+
 def side_stream(device):
     """A stream other than the default one, and a context in which it is current."""
     if device == "cpu":

@@ -16,6 +16,7 @@ from pykern.testing import assert_bitwise, assert_close, ratios, reference
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu", "sigmoid")
 PAIRED_CHUNK, CHUNK = constant("cpu/tile.h", "kChunk")  # units: pairs of bfloat16, or numbers
+(LEAST_PART,), (LONG_PART,) = constant("cuda/gemm.cu", "kLeastPart"), constant("cuda/gemm.cu", "kLongPart")
 LANES = {"base": 4, "v3": 8}.get(_C.isa(), 16)  # of float32 in a vector
 
 
@@ -267,6 +268,28 @@ def test_rows_without_a_gradient_add_nothing(padding, dtype):
     for name in ("dweight", "dbias"):
         assert_bitwise(short[name], long[name], name=name)
     assert_bitwise(short["dx"], long["dx"][:100], name="dx")
+
+
+PARTS = {  # sums over k that csrc/cuda/gemm.cu takes in parts: (M, N, K), k of the product
+    "dweight of many rows": ((2 * LEAST_PART + 5, 9, 7), lambda M, N, K: M > 2 * LEAST_PART),
+    "dx of many outputs": ((3, 2 * LONG_PART + 5, 9), lambda M, N, K: N > 2 * LONG_PART),
+    "out of many inputs": ((3, 9, 2 * LONG_PART + 5), lambda M, N, K: K > 2 * LONG_PART),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PARTS)
+def test_long_sums(name, dtype):
+    """Their formula; and the bits of a row, or of a weight's gradient, are those without the rows that add nothing."""
+    (M, N, K), reached = PARTS[name]
+    assert reached(M, N, K), "the case no longer reaches what it is named after"
+    tensors, dout = inputs(M, N, K, residual=True, dtype=dtype)
+    tensors["weight"] /= max(N, K) ** 0.5
+    compare(tensors, dout, name=name, activation="silu")
+    more = {n: torch.cat([x, draw(150, x.shape[1], dtype=dtype, seed=9)]) for n, x in tensors.items() if len(x) == M}
+    short, long = apply(tensors, dout), apply(tensors | more, torch.cat([dout, dout.new_zeros(150, N)]))
+    for result, x in short.items():
+        assert_bitwise(x, long[result][:M] if result in ("out", "dx", "dresidual") else long[result], name=result)
 
 
 # ---- NaN

@@ -7,11 +7,8 @@
 namespace pykern::cuda {
 namespace {
 
-template <class T>
-Factor factor_of(const Matrix& m, bool transposed) {
-  const bool aligned = reinterpret_cast<uintptr_t>(m.data) % 16 == 0 &&
-                       m.stride * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-  return {m.data, transposed ? m.columns : m.rows, m.stride, aligned};
+bool aligned(const Matrix& m) {  // rows can be read 16 bytes at a time
+  return reinterpret_cast<uintptr_t>(m.data) % 16 == 0 && m.stride * item_size(m.dtype) % 16 == 0;
 }
 
 template <class T>
@@ -29,90 +26,6 @@ Epilogue<T> epilogue_of(const After& after) {
           .pre_rows = rows_of(after.pre),
           .activation = after.activation,
           .vectors = vectors};
-}
-
-// ---- the sums of parts of k, added in order
-
-template <class T>
-__global__ void __launch_bounds__(kElementThreads) add_parts(const Product<T> p, int64_t parts) {
-  constexpr int W = kPack<T>;
-  const int64_t M = p.a.rows, N = p.b.rows;
-  each_pack_of<T>(Extent{M, N, true}, [&](int64_t m, int64_t n, int64_t valid) {
-    Compute<T> sum[W] = {}, part[W];
-    for (int64_t i = 0; i < parts; ++i) {
-      load(p.partial + (i * M + m) * N + n, valid, N % W == 0, part);
-#pragma unroll
-      for (int j = 0; j < W; ++j) sum[j] += part[j];
-    }
-    p.epilogue(m, n, valid, sum);
-  });
-}
-
-// How long the parts are in which k is summed. They begin at fixed places, so that rows of zeros at
-// the end of k change no bit. The rows of C must not matter where they are those of x: forward and
-// for dx, parts are for a long k beside few columns (the gradient of a vocabulary). For dweight
-// they fill a GPU of about kFilled tiles at a time where k is kUsualDepth.
-constexpr int64_t kFilled = 264, kUsualDepth = 8192;
-constexpr int64_t kLeastPart = 1024, kLongPart = 8192, kMostParts = 32;
-
-int64_t length_of_parts(Layout layout, int64_t M, int64_t N, int64_t K) {
-  int64_t length = K;
-  if (layout == Layout::tn) {
-    const int64_t tiles = ceil_div(M, 128) * ceil_div(N, 128);
-    length = ceil_div(kUsualDepth * tiles, kFilled * 128) * 128;
-    length = length < kLeastPart ? kLeastPart : length;
-    while (length * kMostParts < K) length *= 2;
-  } else if (N <= 2048) {
-    length = kLongPart;
-  }
-  return length < K ? length : K;
-}
-
-// 256 columns a block read less per product, 128 leave less of the GPU idle in the end.
-bool takes_wide_tiles(int64_t rows, int64_t columns, int64_t parts) {
-  const auto filled = [&](int64_t tile, int64_t at_once) {
-    const int64_t tiles = ceil_div(rows, kTileRows) * ceil_div(columns, tile) * parts;
-    return static_cast<double>(rows * columns * parts) /
-           static_cast<double>(ceil_div(tiles, at_once) * at_once * kTileRows * tile);
-  };
-  if (columns <= 128) return false;
-  const int64_t processors = walking_blocks(int64_t{1} << 30) / 2;
-  return filled(256, processors) > 0.85 * filled(128, 2 * processors);
-}
-
-template <class T, Layout layout>
-void run(const char* what, const Matrix& a, const Matrix& b, const After& after, Stream stream) {
-  constexpr bool a_by_k = layout != Layout::tn, b_by_k = layout == Layout::nt;
-  const Factor left = factor_of<T>(a, !a_by_k), right = factor_of<T>(b, !b_by_k);
-  const int64_t M = left.rows, N = right.rows, K = a_by_k ? a.columns : a.rows;
-  if (M == 0 || N == 0) return;
-  const int64_t length = length_of_parts(layout, M, N, K), parts = K > 0 ? ceil_div(K, length) : 1;
-  const Workspace partial(parts > 1 ? parts * M * N * sizeof(Compute<T>) : 0, stream);
-  Product<T> product{.a = left,
-                     .b = right,
-                     .K = K,
-                     .order = {},
-                     .epilogue = epilogue_of<T>(after),
-                     .k_of_part = length,
-                     .partial = partial.at<Compute<T>>()};
-  const auto start = [&](auto kernel, int rows, int columns, int threads, size_t shared) {
-    product.order = {ceil_div(M, rows), ceil_div(N, columns)};
-    const Grid grid{.blocks = dim3(product.order.rows * product.order.columns, 1, parts),
-                    .threads = dim3(threads),
-                    .shared = shared};
-    launch(what, kernel, grid, stream, product);
-  };
-  if constexpr (sizeof(T) == 2) {
-    if (takes_wide_tiles(M, N, parts))
-      start(gemm_halves<T, a_by_k, b_by_k, 256>, kTileRows, 256, 256, sizeof(Stages<T, 256>));
-    else
-      start(gemm_halves<T, a_by_k, b_by_k, 128>, kTileRows, 128, 128, sizeof(Stages<T, 128>));
-  } else {
-    start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile, kPlainTile, kPlainThreads,
-          sizeof(PlainStage<T>));
-  }
-  if (parts > 1)
-    launch("add_parts", add_parts<T>, element_grid<T>(Extent{M, N, true}), stream, product, parts);
 }
 
 // ---- copies in T
@@ -143,6 +56,127 @@ __global__ void __launch_bounds__(kElementThreads) round_rows(const Copy a) {
     }
     store(static_cast<T*>(a.to.data) + a.to.offset(row) + first, valid, a.extent.vectors, v);
   });
+}
+
+// to = from as T, times activation'(pre) if there is an activation
+template <class T>
+void copy_rows(Tensor from, Tensor pre, Tensor to, Activation activation, Stream stream) {
+  Tensor all[] = {from, activation == Activation::none ? Tensor{} : pre, to};
+  const Extent extent = extent_of<T>(all, 3);
+  if (extent.rows > 0 && extent.D > 0)
+    launch("round_rows", round_rows<T>, element_grid<T>(extent), stream,
+           Copy{rows_of(all[0]), rows_of(all[1]), rows_of(all[2]), from.dtype, pre.dtype, extent,
+                activation});
+}
+
+// A factor whose rows can be read 16 bytes at a time: itself, or a copy of it.
+class Aligned {
+ public:
+  Aligned(const Matrix& m, bool wanted, Stream stream)
+      : matrix_(m),
+        stride_(ceil_div(m.columns, 8) * 8),
+        memory_(wanted && !aligned(m) ? m.rows * stride_ * item_size(m.dtype) : 0, stream) {
+    if (!memory_.at<void>()) return;
+    const Tensor from = tensor_of(m, {});
+    matrix_.data = memory_.at<void>(), matrix_.stride = stride_;
+    with_type(m.dtype, [&]<class T>(T) {
+      copy_rows<T>(from, {}, tensor_of(matrix_, {}), Activation::none, stream);
+    });
+  }
+  const Matrix& matrix() const { return matrix_; }
+
+ private:
+  Matrix matrix_;
+  int64_t stride_;
+  Workspace memory_;
+};
+
+// ---- the sums of parts of k, added in order
+
+template <class T>
+__global__ void __launch_bounds__(kElementThreads) add_parts(const Product<T> p, int64_t parts) {
+  constexpr int W = kPack<T>;
+  const int64_t M = p.a.rows, N = p.b.rows;
+  each_pack_of<T>(Extent{M, N, true}, [&](int64_t m, int64_t n, int64_t valid) {
+    Compute<T> sum[W] = {}, part[W];
+    for (int64_t i = 0; i < parts; ++i) {
+      load(p.partial + (i * M + m) * N + n, valid, N % W == 0, part);
+#pragma unroll
+      for (int j = 0; j < W; ++j) sum[j] += part[j];
+    }
+    p.epilogue(m, n, valid, sum);
+  });
+}
+
+// How long the parts are in which k is summed. They begin at fixed places, so that rows of zeros at
+// the end of k change no bit. The rows of C must not matter where they are those of x: forward and
+// for dx, parts are for a long k beside few columns (the gradient of a vocabulary). For dweight
+// they fill a GPU of about kFilled tiles at a time where k is kUsualDepth.
+constexpr int64_t kFilled = 264, kUsualDepth = 8192;
+constexpr int64_t kLeastPart = 1024;
+constexpr int64_t kLongPart = 8192;
+constexpr int64_t kMostParts = 32;
+
+int64_t length_of_parts(Layout layout, int64_t M, int64_t N, int64_t K) {
+  int64_t length = K;
+  if (layout == Layout::tn) {
+    const int64_t tiles = ceil_div(M, 128) * ceil_div(N, 128);
+    length = ceil_div(kUsualDepth * tiles, kFilled * 128) * 128;
+    length = length < kLeastPart ? kLeastPart : length;
+    while (length * kMostParts < K) length *= 2;
+  } else if (N <= 2048) {
+    length = kLongPart;
+  }
+  return length < K ? length : K;
+}
+
+// 256 columns a block read less per product, 128 leave less of the GPU idle in the end.
+bool takes_wide_tiles(int64_t rows, int64_t columns, int64_t parts) {
+  const auto filled = [&](int64_t tile, int64_t at_once) {
+    const int64_t tiles = ceil_div(rows, kTileRows) * ceil_div(columns, tile) * parts;
+    return static_cast<double>(rows * columns * parts) /
+           static_cast<double>(ceil_div(tiles, at_once) * at_once * kTileRows * tile);
+  };
+  if (columns <= 128) return false;
+  const int64_t processors = walking_blocks(int64_t{1} << 30) / 2;
+  return filled(256, processors) > 0.85 * filled(128, 2 * processors);
+}
+
+template <class T, Layout layout>
+void run(const char* what, const Matrix& a, const Matrix& b, const After& after, Stream stream) {
+  constexpr bool a_by_k = layout != Layout::tn, b_by_k = layout == Layout::nt;
+  const int64_t M = a_by_k ? a.rows : a.columns, N = b_by_k ? b.rows : b.columns;
+  const int64_t K = a_by_k ? a.columns : a.rows;
+  if (M == 0 || N == 0) return;
+  const bool halves = sizeof(T) == 2;
+  const Aligned left(a, halves, stream), right(b, halves, stream);
+  const int64_t length = length_of_parts(layout, M, N, K), parts = K > 0 ? ceil_div(K, length) : 1;
+  const Workspace partial(parts > 1 ? parts * M * N * sizeof(Compute<T>) : 0, stream);
+  Product<T> product{.a = {left.matrix().data, M, left.matrix().stride},
+                     .b = {right.matrix().data, N, right.matrix().stride},
+                     .K = K,
+                     .order = {},
+                     .epilogue = epilogue_of<T>(after),
+                     .k_of_part = length,
+                     .partial = partial.at<Compute<T>>()};
+  const auto start = [&](auto kernel, int rows, int columns, int threads, size_t shared) {
+    product.order = {ceil_div(M, rows), ceil_div(N, columns)};
+    const Grid grid{.blocks = dim3(product.order.rows * product.order.columns, 1, parts),
+                    .threads = dim3(threads),
+                    .shared = shared};
+    launch(what, kernel, grid, stream, product);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (takes_wide_tiles(M, N, parts))
+      start(gemm_halves<T, a_by_k, b_by_k, 256>, kTileRows, 256, 256, sizeof(Stages<T, 256>));
+    else
+      start(gemm_halves<T, a_by_k, b_by_k, 128>, kTileRows, 128, 128, sizeof(Stages<T, 128>));
+  } else {
+    start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile, kPlainTile, kPlainThreads,
+          sizeof(PlainStage<T>));
+  }
+  if (parts > 1)
+    launch("add_parts", add_parts<T>, element_grid<T>(Extent{M, N, true}), stream, product, parts);
 }
 
 // ---- sums of columns
@@ -220,14 +254,7 @@ Rounded::Rounded(const Tensor& t, DType dtype, const Tensor& pre, Activation act
   int64_t packed = 1;
   for (int i = t.rank - 1; i >= 0; --i) to.stride[i] = packed, packed *= t.size[i];
   matrix_ = matrix_of(to);
-  with_type(dtype, [&]<class T>(T) {
-    Tensor all[] = {t, activation == Activation::none ? Tensor{} : pre, to};
-    const Extent extent = extent_of<T>(all, 3);
-    if (extent.rows > 0 && extent.D > 0)
-      launch("round_rows", round_rows<T>, element_grid<T>(extent), stream,
-             Copy{rows_of(all[0]), rows_of(all[1]), rows_of(all[2]), t.dtype, pre.dtype, extent,
-                  activation});
-  });
+  with_type(dtype, [&]<class T>(T) { copy_rows<T>(t, pre, to, activation, stream); });
 }
 
 void sum_rows(const Matrix& m, const Tensor& out, Stream stream) {
@@ -236,7 +263,7 @@ void sum_rows(const Matrix& m, const Tensor& out, Stream stream) {
     const int64_t shares = ceil_div(m.rows, kSumRows);
     const Workspace memory(shares * m.columns * sizeof(Compute<T>), stream);
     if (shares > 0 && m.columns > 0) {
-      const bool vectors = factor_of<T>(m, false).aligned;
+      const bool vectors = aligned(m);
       const Shares<T> a{static_cast<const T*>(m.data), m.rows, m.stride, m.columns, vectors,
                         memory.at<Compute<T>>()};
       const Grid grid{.blocks = dim3(ceil_div(m.columns, kSumThreads * kPack<T>),

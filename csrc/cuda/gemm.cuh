@@ -13,7 +13,6 @@ namespace pykern::cuda {
 struct Factor {
   const void* data;
   int64_t rows, stride;
-  bool aligned;  // 16 bytes at a time
 };
 
 // What becomes of a sum: out = activation(sum + bias) + residual, pre = sum + bias

@@ -28,54 +28,44 @@ struct StageLayout {
   }
 };
 
-// Copies one factor's part of each stage: every thread the same chunk of some lines.
+// Copies one factor's part of each stage, 16 bytes at a time: every thread the same chunk of some
+// lines.
 template <class T, bool k_contiguous, int kRows, int kThreads>
 class Fetcher {
   using Layout = StageLayout<k_contiguous, kRows>;
-  static constexpr int kStep = kThreads / Layout::kPerLine, kTimes = Layout::kLines / kStep;
+  static constexpr int kStep = kThreads / Layout::kPerLine;
   static_assert(kStep % 8 == 0);  // so a thread's lines have one swizzle
 
  public:
+  static constexpr int kTimes = Layout::kLines / kStep;
+
   __device__ __forceinline__ Fetcher(const Factor& f, int64_t first_row, int64_t first_k)
-      : stride_(f.stride), aligned_(f.aligned) {
+      : step_(kStep * f.stride), depth_(k_contiguous ? kDepth : kDepth * f.stride) {
     const int line = threadIdx.x / Layout::kPerLine, chunk = threadIdx.x % Layout::kPerLine;
     const int64_t outer = (k_contiguous ? first_row : first_k) + line;
     const int64_t inner = (k_contiguous ? first_k : first_row) + chunk * kChunk;
-    from_ = static_cast<const T*>(f.data) + outer * stride_ + inner;
-    to_ = (line * Layout::kPerLine + (chunk ^ Layout::swizzle(line))) * kChunk;
-    before_k_ = k_contiguous ? chunk * kChunk : line;
+    from_ = static_cast<const T*>(f.data) + outer * f.stride + inner;
+    to_ = kept((line * Layout::kPerLine + (chunk ^ Layout::swizzle(line))) * kChunk);
+    before_k_ = kept(k_contiguous ? chunk * kChunk : line);
     const int64_t left = f.rows - (k_contiguous ? outer : inner);
-    rows_left_ = static_cast<int>(left < kRows ? left : kRows);
+    rows_left_ = kept(static_cast<int>(left < kRows ? left : kRows));
   }
 
-  // The next kDepth of k, of which `left` exist; what is not there becomes 0.
-  __device__ __forceinline__ void operator()(int64_t left, T* stage) {
-    const int k_left = static_cast<int>(left < kDepth ? left : kDepth) - before_k_;
+  // The lines of time i of the kDepth of k of which `left` exist; what is not there becomes 0.
+  __device__ __forceinline__ void operator()(int i, int left, T* stage) const {
+    const int k_left = left - before_k_;
     const int outer_left = k_contiguous ? rows_left_ : k_left;
-    int inner_left = k_contiguous ? k_left : rows_left_;
-    inner_left = inner_left < 0 ? 0 : inner_left > kChunk ? kChunk : inner_left;
-    if (aligned_) {
-#pragma unroll
-      for (int i = 0; i < kTimes; ++i)
-        cp_async16(stage + to_ + i * (kStep * Layout::kPerLine * kChunk),
-                   from_ + i * kStep * stride_,
-                   i * kStep < outer_left ? inner_left * static_cast<int>(sizeof(T)) : 0);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < kTimes; ++i)
-#pragma unroll 1
-        for (int j = 0; j < kChunk; ++j)
-          stage[to_ + i * (kStep * Layout::kPerLine * kChunk) + j] =
-              i * kStep < outer_left && j < inner_left ? from_[i * kStep * stride_ + j] : T{0};
-    }
-    from_ += k_contiguous ? kDepth : kDepth * stride_;
+    const int inner_left = k_contiguous ? k_left : rows_left_;
+    const int there = inner_left < 0 ? 0 : inner_left > kChunk ? kChunk : inner_left;
+    cp_async16(stage + to_ + i * (kStep * Layout::kPerLine * kChunk), from_ + i * step_,
+               i * kStep < outer_left ? there * static_cast<int>(sizeof(T)) : 0);
   }
+  __device__ __forceinline__ void advance() { from_ += depth_; }
 
  private:
   const T* from_;
-  int64_t stride_;
+  int64_t step_, depth_;
   int to_, before_k_, rows_left_;
-  bool aligned_;
 };
 
 // Reads a warp's fragments: number i is 16 rows by 16 k, as a left factor of mma or as two right
@@ -89,9 +79,9 @@ class Reader {
     const int lane = threadIdx.x % kWarp;
     const bool tall = left == k_contiguous;  // which index the upper half of the lanes moves
     const int line = tall ? lane % 16 : lane % 8 + lane / 16 * 8;
-    half_ = (tall ? lane / 16 : lane / 8 % 2) ^ Layout::swizzle(line);
-    line_ = k_contiguous ? (first_row + line) * Layout::kPerLine
-                         : line * Layout::kPerLine + first_row / kChunk;
+    half_ = kept((tall ? lane / 16 : lane / 8 % 2) ^ Layout::swizzle(line));
+    line_ = kept(k_contiguous ? (first_row + line) * Layout::kPerLine
+                              : line * Layout::kPerLine + first_row / kChunk);
   }
   __device__ __forceinline__ void operator()(uint32_t (&r)[4], const T* stage, int i, int k) const {
     if constexpr (k_contiguous)
@@ -130,49 +120,71 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int up = warp % 2 * kWarpTile, across = warp / 2 * kWarpTile;
 
-  int64_t left = p.end_k() - p.first_k();
-  const int depths = static_cast<int>((left + kDepth - 1) / kDepth);
+  const int64_t K = p.end_k() - p.first_k();
+  const int depths = static_cast<int>((K + kDepth - 1) / kDepth);
   Fetcher<T, a_by_k, kTileRows, kThreads> fetch_a(p.a, m0, p.first_k());
   Fetcher<T, b_by_k, kColumns, kThreads> fetch_b(p.b, n0, p.first_k());
-  const auto start = [&](int depth) {
-    if (depth < depths) {
-      fetch_a(left, stages.a[depth % kStages]);
-      fetch_b(left, stages.b[depth % kStages]);
-      left -= kDepth;
-    }
-    cp_async_commit();  // also of nothing: groups are counted
+  constexpr int kTimesA = decltype(fetch_a)::kTimes, kTimesB = decltype(fetch_b)::kTimes;
+  const auto left_at = [&](int depth) {  // of k; none behind the last depth
+    return depth + 1 < depths ? kDepth : static_cast<int>(K - int64_t(depth) * kDepth);
   };
+  const auto commit = [&] {
+    fetch_a.advance();
+    fetch_b.advance();
+    cp_async_commit();
+  };
+
   const Reader<T, a_by_k, kTileRows, true> read_a(up);
   const Reader<T, b_by_k, kColumns, false> read_b(across);
   uint32_t a[2][kUp][4], b[2][kAcross / 2][4];  // fragments in use, and the next ones
-  const auto read = [&](int which, int depth, int k) {
-#pragma unroll
-    for (int i = 0; i < kUp; ++i) read_a(a[which][i], stages.a[depth % kStages], i, k);
-#pragma unroll
-    for (int j = 0; j < kAcross / 2; ++j) read_b(b[which][j], stages.b[depth % kStages], j, k);
-  };
   float sum[kUp][kAcross][4] = {};
-  const auto multiply_all = [&](int which) {
+  const auto multiply_row = [&](int which, int i) {
 #pragma unroll
-    for (int i = 0; i < kUp; ++i)
-#pragma unroll
-      for (int j = 0; j < kAcross; ++j)
-        multiply(sum[i][j], a[which][i], b[which][j / 2][j % 2 * 2], b[which][j / 2][j % 2 * 2 + 1],
-                 T{});
+    for (int j = 0; j < kAcross; ++j)
+      multiply(sum[i][j], a[which][i], b[which][j / 2][j % 2 * 2], b[which][j / 2][j % 2 * 2 + 1],
+               T{});
+  };
+  const auto read = [&](int which, const T* left, const T* right, int i, int k) {
+    read_a(a[which][i], left, i, k);
+    read_b(b[which][i], right, i, k);
   };
 
-  for (int depth = 0; depth < kStages - 1; ++depth) start(depth);
+  static_assert(kUp == kAcross / 2 && kTimesA <= kUp && kTimesB <= kUp);
+  for (int depth = 0; depth < kStages - 1; ++depth) {
+    for (int i = 0; i < kTimesA; ++i) fetch_a(i, left_at(depth), stages.a[depth]);
+    for (int i = 0; i < kTimesB; ++i) fetch_b(i, left_at(depth), stages.b[depth]);
+    commit();
+  }
   cp_async_wait<kStages - 2>();
   __syncthreads();
-  if (depths > 0) read(0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < kUp; ++i) read(0, stages.a[0], stages.b[0], i, 0);
+
+  // A depth is two times 16 k: while the first is multiplied the second is read and a later depth
+  // is asked for, to where the one before was, which all have read; while the second is multiplied
+  // the next depth's first is read.
+#pragma unroll 1
   for (int depth = 0; depth < depths; ++depth) {
-    read(1, depth, kDepth / 2);
-    start(depth + kStages - 1);  // where the stage before was: all have read it
-    multiply_all(0);
+    const T *left = stages.a[depth % kStages], *right = stages.b[depth % kStages];
+    T* const later_a = stages.a[(depth + kStages - 1) % kStages];
+    T* const later_b = stages.b[(depth + kStages - 1) % kStages];
+    const int later_left = left_at(depth + kStages - 1);
+#pragma unroll
+    for (int i = 0; i < kUp; ++i) {
+      read(1, left, right, i, kDepth / 2);
+      if (i < kTimesA) fetch_a(i, later_left, later_a);
+      if (i < kTimesB) fetch_b(i, later_left, later_b);
+      multiply_row(0, i);
+    }
+    commit();
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // the next stage is there for all
-    if (depth + 1 < depths) read(0, depth + 1, 0);
-    multiply_all(1);
+    __syncthreads();  // the next depth is there for all
+    left = stages.a[(depth + 1) % kStages], right = stages.b[(depth + 1) % kStages];
+#pragma unroll
+    for (int i = 0; i < kUp; ++i) {
+      read(0, left, right, i, 0);
+      multiply_row(1, i);
+    }
   }
 
   // Through shared memory, so that neighbours of a row are written together, by one copy of the

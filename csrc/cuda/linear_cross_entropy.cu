@@ -8,8 +8,8 @@
 namespace pykern::cuda {
 namespace {
 
-constexpr int64_t kLogitBytes = 128 << 20;  // of all rows at a time
-constexpr int64_t kLeastRows = 1024;        // so that the products with them fill a GPU
+constexpr int64_t kLogitBytes = 32 << 20;  // of all rows at a time
+constexpr int64_t kLeastRows = 1024;       // so that the products with them fill a GPU
 constexpr int64_t kRowStep = 128;  // their number is a multiple of this, a tile of a product
 
 // A function of V alone, so that the order of the sums of dweight is one, too.

@@ -135,16 +135,15 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_backward(const Backward<T
   for (int turn = 0; turn < together; ++turn) {
     __syncthreads();
     if (static_cast<int>(threadIdx.y) != turn) continue;
-    C* to = turn + 1 == together ? a.share() : so_far;
     a.pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
       const auto add = [&](int64_t at, C(&sum)[W]) {
-        C before[W];
-        if (turn > 0) {
-          load(so_far + at, valid, false, before);
 #pragma unroll
-          for (int j = 0; j < W; ++j) sum[j] += before[j];
+        for (int j = 0; j < W; ++j) {
+          if (j >= valid) continue;
+          if (turn > 0) sum[j] += so_far[at + j];
+          if (turn + 1 < together) so_far[at + j] = sum[j];
         }
-        store(to + at, valid, D % W == 0, sum);
+        if (turn + 1 == together) store(a.share() + at, valid, D % W == 0, sum);
       };
       add(first, dweight[p]);
       add(D + first, dbias[p]);

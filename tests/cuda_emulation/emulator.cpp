@@ -306,6 +306,11 @@ void* shared_memory(size_t bytes, size_t alignment) {
   return start;
 }
 
+bool is_shared(const void* p) {
+  const Machine& m = machine();
+  return p >= m.shared_end - m.shared_bytes && p < m.shared_end;
+}
+
 void block_barrier(Where where) { meet(machine().block, machine().live, where); }
 
 const Deposit* exchange(const Deposit& own, Where where) {

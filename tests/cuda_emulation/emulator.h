@@ -33,6 +33,8 @@ extern Dim3 threadIdx, blockIdx, blockDim, gridDim;
 unsigned lane();
 void* shared_memory(size_t bytes, size_t alignment);  // Fault when the launch asked for fewer bytes
 
+bool is_shared(const void* p);
+
 // ---- meeting points
 
 void block_barrier(Where where);

@@ -127,6 +127,14 @@ __global__ void unaligned_copy(const float* in, float* out) {
   if (threadIdx.x < 4) out[threadIdx.x] = shared.of[threadIdx.x];
 }
 
+template <bool to_global>
+__global__ void store_elsewhere(const float* in, float* out) {
+  auto& shared = shared_memory<Numbers>();
+  const uint4 zero{};
+  if (threadIdx.x == 0) store_word(reinterpret_cast<uint4*>(to_global ? out : shared.of), zero);
+  if (threadIdx.x >= 4) out[threadIdx.x] = in[threadIdx.x];
+}
+
 struct Matrices {
   alignas(16) uint16_t a[16 * 16], b[8 * 16];
 };
@@ -197,6 +205,9 @@ const Case kCases[] = {
     CASE(
         alignment, unaligned_copy<4>, unaligned_copy<1>, sizeof(Numbers), kThreads,
         [](const Scene& s, int i) { return s.in[4 + i]; }, 4),
+    CASE(
+        store_to_shared, store_elsewhere<true>, store_elsewhere<false>, sizeof(Numbers), kThreads,
+        [](const Scene& s, int i) { return i < 4 ? 0 : s.in[i]; }, kThreads),
     CASE(rows, matrix_product<true>, matrix_product<false>, sizeof(Matrices), 32, product, 128),
     CASE(threads, reverse<true>, reverse<true>, sizeof(Numbers), s.faulty ? 100 : kThreads,
          reversed, kThreads),

@@ -25,12 +25,15 @@ inline uint32_t tf32_bits(float x) {  // to nearest, ties away from zero
   return (bits + 0x1000) & 0xffffe000;
 }
 
+inline int kept(int x) { return x; }
+
 // ---- stores to global memory
 
 template <class Word>
 void store_word(Word* to, Word x) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(Word))
     throw emulation::Fault("a store of " + std::to_string(sizeof(Word)) + " bytes is not aligned");
+  if (emulation::is_shared(to)) throw emulation::Fault("a global store to shared memory");
   *to = x;
 }
 
@@ -44,6 +47,8 @@ Layout& shared_memory() {
 // ---- asynchronous copies
 
 inline void cp_async16(void* to, const void* from, int valid = 16) {
+  if (!emulation::is_shared(to) || (valid > 0 && emulation::is_shared(from)))
+    throw emulation::Fault("an asynchronous copy that is not from global to shared memory");
   emulation::copy_later(to, from, 16, valid);
 }
 inline void cp_async_commit() { emulation::commit_copies(); }
@@ -56,6 +61,7 @@ void cp_async_wait() {
 
 inline const emulation::Deposit* exchange_rows(const void* row, emulation::Where where) {
   if (reinterpret_cast<uintptr_t>(row) % 16) throw emulation::Fault("ldmatrix of an unaligned row");
+  if (!emulation::is_shared(row)) throw emulation::Fault("ldmatrix outside of shared memory");
   return emulation::exchange(emulation::deposit_of(row), where);
 }
 inline const char* row_address(const emulation::Deposit& deposit) {
