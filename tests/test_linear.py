@@ -272,8 +272,8 @@ def test_rows_without_a_gradient_add_nothing(padding, dtype):
 
 PARTS = {  # sums over k that csrc/cuda/gemm.cu takes in parts: (M, N, K), k of the product
     "dweight of many rows": ((2 * LEAST_PART + 5, 9, 7), lambda M, N, K: M > 2 * LEAST_PART),
-    "dx of many outputs": ((3, 2 * LONG_PART + 5, 9), lambda M, N, K: N > 2 * LONG_PART),
-    "out of many inputs": ((3, 9, 2 * LONG_PART + 5), lambda M, N, K: K > 2 * LONG_PART),
+    "dx of many outputs": ((3, LONG_PART + 5, 9), lambda M, N, K: N > LONG_PART),
+    "out of many inputs": ((3, 9, LONG_PART + 5), lambda M, N, K: K > LONG_PART),
 }
 
 
@@ -286,8 +286,8 @@ def test_long_sums(name, dtype):
     tensors, dout = inputs(M, N, K, residual=True, dtype=dtype)
     tensors["weight"] /= max(N, K) ** 0.5
     compare(tensors, dout, name=name, activation="silu")
-    more = {n: torch.cat([x, draw(150, x.shape[1], dtype=dtype, seed=9)]) for n, x in tensors.items() if len(x) == M}
-    short, long = apply(tensors, dout), apply(tensors | more, torch.cat([dout, dout.new_zeros(150, N)]))
+    more = {n: torch.cat([x, draw(100, x.shape[1], dtype=dtype, seed=9)]) for n, x in tensors.items() if len(x) == M}
+    short, long = apply(tensors, dout), apply(tensors | more, torch.cat([dout, dout.new_zeros(100, N)]))
     for result, x in short.items():
         assert_bitwise(x, long[result][:M] if result in ("out", "dx", "dresidual") else long[result], name=result)
 
