@@ -391,12 +391,14 @@ def adamw(
     weight_decay: float,
     step: int,
     grad_scale: float,
+    scale: Array | None = None,
 ) -> None:
     """In place, for each (param, grad, exp_avg, exp_avg_sq, master) of states. grad has param's dtype; exp_avg,
-    exp_avg_sq and master are stats (float32 for bfloat16 param). grad is multiplied by grad_scale first."""
+    exp_avg_sq and master are stats (float32 for bfloat16 param). grad is multiplied by grad_scale first, and by scale
+    [1] float64; where their product is not finite, nothing changes."""
 
-def square_sum(x: Array, out: Array) -> None:
-    """out [1] float64 = sum of x^2, in the same bits for any thread count."""
+def square_sum(x: list[Array], out: Array) -> None:
+    """out[i] = sum of x[i]^2, out [len(x)] float64, in the same bits for any thread count."""
 
 # ---- roofline: loops that do nothing but multiply, read or copy; the caller holds the watch. One task per element
 # of sink.

@@ -1,5 +1,6 @@
 """AdamW in one pass over memory, with gradient clipping folded in and float32 masters of 16-bit parameters."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,12 @@ def gradient_norm(parameters: list[Tensor]) -> Tensor:
     return square.sqrt().to(torch.float64 if wide else torch.float32)
 
 
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / (norm + 1e-6)), float64 [1] on the device of norm, NaN unless norm is finite: nobody waits."""
+    wide = norm.detach().double().view(1)
+    return (torch.full_like(wide, max_norm) / (wide + 1e-6)).clamp(max=1.0) + 0.0 * wide  # 0 * inf is NaN
+
+
 class AdamW(torch.optim.Optimizer):
     """p -= lr * (m / (sqrt(v) + eps) + weight_decay * p), with m and v the bias-corrected moments of the gradient.
 
@@ -39,6 +46,10 @@ class AdamW(torch.optim.Optimizer):
     all gradients so that their joint norm is at most max_norm; `grad_norm` is the norm, before scaling, that the last
     step saw; when it is not finite, step() raises FloatingPointError and changes nothing. Parameters may be DTensors
     sharded over one mesh (FSDP2): each process updates its shard, and the norm is that of all shards.
+
+    On CUDA step() never waits for the device and raises nothing: a step whose norm is not finite changes neither
+    parameters nor moments there, though it is counted; grad_norm is the tensor to look at, finite_norm() does. Steps
+    are counted on the host: those of a CUDA graph have the bias correction of the step that was captured.
     """
 
     def __init__(
@@ -79,6 +90,15 @@ class AdamW(torch.optim.Optimizer):
                 state["master"] = p.detach().to(stat, copy=True)
         return state
 
+    def finite_norm(self) -> float:
+        """grad_norm as a number, which waits for its device; NaN without max_norm. FloatingPointError: not finite."""
+        if self.grad_norm is None:
+            return math.nan
+        norm = float(self.grad_norm)
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"AdamW: the norm of the gradients is {norm}")
+        return norm
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if there is a closure."""
@@ -89,23 +109,23 @@ class AdamW(torch.optim.Optimizer):
         with_grad = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(p.grad.is_sparse for p in with_grad):
             raise RuntimeError("AdamW: sparse gradients are not supported")
-        grad_scale = 1.0
+        scale = None
         if self.max_norm is not None:
             self.grad_norm = gradient_norm(with_grad)
-            if not torch.isfinite(self.grad_norm):
-                raise FloatingPointError(f"AdamW: the norm of the gradients is {float(self.grad_norm)}")
-            grad_scale = min(1.0, self.max_norm / (float(self.grad_norm) + 1e-6))
+            if not self.grad_norm.is_cuda:
+                self.finite_norm()
+            scale = clip_scale(self.grad_norm, self.max_norm)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            states: dict[int, list[tuple]] = {}  # by step
+            states: dict[tuple[int, torch.device], list[tuple]] = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.prepare(p)
                 state["step"] = int(state["step"]) + 1
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"], state.get("master"))
-                states.setdefault(state["step"], []).append(tuple(map(local, tensors)))
-            for step, together in states.items():
+                states.setdefault((state["step"], p.device), []).append(tuple(map(local, tensors)))
+            for (step, _), together in states.items():
                 adamw_all_(
                     together,
                     lr=float(group["lr"]),
@@ -114,7 +134,8 @@ class AdamW(torch.optim.Optimizer):
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     step=step,
-                    grad_scale=grad_scale,
+                    grad_scale=1.0,
+                    scale=scale,
                 )
         return loss
 

@@ -4,6 +4,7 @@ Inputs are drawn on the CPU, so that every device gets the same. Shapes have odd
 and blocks divide, and rows longer than a block reads at once.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from tools import draw
 
 import pykern
 from pykern.ops.activation import activation
-from pykern.ops.adamw import adamw_, square_sums
+from pykern.ops.adamw import adamw_, adamw_all_, square_sums
 from pykern.testing import reference
 
 ROWS = {"odd": (5, 33), "vectors": (64, 768), "long odd rows": (3, 8197), "many rows": (1025, 40), "3-D": (2, 3, 257)}
@@ -164,7 +165,12 @@ def state_inputs(dtype, *shape):
     return found | (dict(master=draw(*shape, dtype=stat, seed=4)) if dtype != stat else {})
 
 
+STATE = ("param", "grad", "exp_avg", "exp_avg_sq", "master")
 HYPER = dict(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.5)
+
+
+def scaled_inputs(dtype, *shape):
+    return state_inputs(dtype, *shape) | dict(scale=torch.tensor([0.3], dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -172,30 +178,51 @@ def step_of_ours(**state):
     """On copies: in place."""
     own = {name: x.detach().clone() for name, x in state.items()}
     adamw_(**own, **HYPER)
+    return {name: own[name] for name in own if name not in ("grad", "scale")}
+
+
+def in_parts(x):
+    """Views of 1, 2, 3, ... numbers, at odd addresses."""
+    sizes = list(range(1, int((2 * x.numel()) ** 0.5)))
+    return x.flatten().split([*sizes, x.numel() - sum(sizes)])
+
+
+@torch.no_grad()
+def step_in_parts(scale, **state):
+    own = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in state.items()}
+    parts = [in_parts(own[name]) if name in own else itertools.repeat(None) for name in STATE]
+    adamw_all_(list(zip(*parts, strict=False)), **HYPER, scale=scale)
     return {name: own[name] for name in own if name != "grad"}
 
 
 @torch.no_grad()
-def step_of_formula(param, grad, exp_avg, exp_avg_sq, master=None):
-    options = {name: HYPER[name] for name in HYPER}
-    new, m, v = reference.adamw(param if master is None else master, grad, exp_avg, exp_avg_sq, **options)
+def step_of_formula(param, grad, exp_avg, exp_avg_sq, master=None, scale=None):
+    moving = param if master is None else master
+    new, m, v = reference.adamw(moving, grad, exp_avg, exp_avg_sq, **HYPER, scale=scale)
     found = dict(param=new, exp_avg=m, exp_avg_sq=v)
     return found if master is None else found | dict(master=new)
 
 
 def optimisers():
     shapes = {"odd": (5, 33), "vectors": (64, 768), "one dimension": (100003,)}
-    names = ("param", "grad", "exp_avg", "exp_avg_sq", "master")
-    yield "adamw", Op(("adamw",), shapes, state_inputs, step_of_ours, step_of_formula, constant=names, rows=("grad",))
-    yield (
-        "square_sum",
-        Op(
-            *(("square_sum",), shapes, x_only, lambda x: {"out": square_sums([x.detach()])}),
-            lambda x: {"out": x.detach().double().square().sum()[None]},
-            constant=("x",),
-            scale={"out": 0.0},
-        ),
-    )
+    for name, inputs, ours in (
+        ("adamw", state_inputs, step_of_ours),
+        ("adamw, scale", scaled_inputs, step_of_ours),
+        ("adamw, many", scaled_inputs, step_in_parts),
+    ):
+        constant = (*STATE, "scale")
+        yield name, Op(("adamw",), shapes, inputs, ours, step_of_formula, constant=constant, rows=("grad",))
+    for name, parts in (("square_sum", lambda x: [x]), ("square_sum, many", in_parts)):
+        formula = lambda x, parts=parts: {"out": torch.stack([part.double().square().sum() for part in parts(x)])}  # noqa: E731
+        yield (
+            name,
+            Op(
+                *(("square_sum",), shapes, x_only),
+                *(lambda x, parts=parts: {"out": square_sums(parts(x.detach()))}, formula),
+                constant=("x",),
+                scale={"out": 0.0},
+            ),
+        )
 
 
 def linear_inputs(residual):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykern import _C
-from pykern.ops.adamw import adamw_, adamw_all_, square_sums
+from pykern.ops.adamw import adamw_, square_sums
 from pykern.testing import assert_bitwise, assert_close, ratios, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -226,6 +226,8 @@ def test_opcheck(dtype):
     if dtype in HALVES:
         state = (*draw_state(3, 4, dtype=dtype), draw(3, 4, dtype=torch.float32))
         torch.library.opcheck(torch.ops.pykern.adamw_.default, state, options)
+    options |= dict(scale=torch.tensor([0.5], dtype=torch.float64))
+    torch.library.opcheck(torch.ops.pykern.adamw_.default, (*draw_state(3, 4, dtype=dtype), None), options)
 
 
 @pytest.mark.one_isa
@@ -297,6 +299,18 @@ def _refused():
         "beta2": (dict(beta2=math.nan), ValueError, "adamw: beta2 is nan, expected 0 <= beta2 < 1"),
         "eps": (dict(eps=-1e-8), ValueError, "adamw: eps is -1e-08"),
         "decay": (dict(weight_decay=math.nan), ValueError, "adamw: weight_decay is nan"),
+        "scale a number": (dict(scale=0.5), TypeError, "adamw: scale must be a torch.Tensor, got float"),
+        "float32 scale": (dict(scale=torch.ones(1)), TypeError, "adamw: scale has dtype float32, expected float64"),
+        "scale without dimension": (
+            dict(scale=torch.tensor(1.0, dtype=torch.float64)),
+            ValueError,
+            r"adamw: scale must be \[1\], got shape \[\]",
+        ),
+        "two scales": (
+            dict(scale=torch.ones(2, dtype=torch.float64)),
+            ValueError,
+            "adamw: scale has shape .*, expected one factor = 1",
+        ),
         "NaN norm": (dict(grad_scale=math.nan), ValueError, "adamw: grad_scale is nan, expected a finite number"),
     }
     return good, cases
@@ -336,16 +350,6 @@ def test_one_bad_state_of_many_and_nothing_is_written():
             _C.adamw(malformed, **OPTIONS, step=1, grad_scale=1.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_many_states_in_one_call_are_as_many_calls(dtype):
-    together, alone = ([draw_state(*shape, dtype=dtype) for shape in SHAPES] for _ in range(2))
-    adamw_all_([(*state, None) for state in together], **OPTIONS, step=3, grad_scale=0.5)
-    for state in alone:
-        adamw_(*state, **OPTIONS, step=3, grad_scale=0.5)
-    for a, b in zip(together, alone, strict=True):
-        bits_equal((*a, None), (*b, None), "together")
-
-
 # ---- square_sum
 
 
@@ -368,12 +372,14 @@ def test_square_sums_are_those_of_float64(dtype, with_threads):
 def test_square_sum_refuses():
     x, out = np.ones((2, 3), dtype=np.float32), np.zeros(1)
     for arguments, error, words in (
-        ((x.astype(np.int64), out), TypeError, "square_sum: x"),
-        ((x[:, ::2], out), ValueError, "square_sum: x"),
-        ((x, out.astype(np.float32)), TypeError, "square_sum: out"),
-        ((x, np.zeros(2)), ValueError, "expected one sum = 1"),
-        ((x, np.zeros((1, 1))), ValueError, r"square_sum: out must be \[1\]"),
-        ((out, out), ValueError, "square_sum: out"),
+        (([x, x.astype(np.int64)], np.zeros(2)), TypeError, "square_sum: x"),
+        (([x[:, ::2]], out), ValueError, "square_sum: x"),
+        (([x], out.astype(np.float32)), TypeError, "square_sum: out"),
+        (([x], np.zeros(2)), ValueError, "expected tensors = 1"),
+        (([x, x], np.zeros(4)[::2]), ValueError, "square_sum: out"),
+        (([x], np.zeros((1, 1))), ValueError, r"square_sum: out must be \[tensors\]"),
+        (([out], out), ValueError, "square_sum: out"),
+        ((x, out), TypeError, "incompatible function arguments"),
     ):
         with pytest.raises(error, match=words):
             _C.square_sum(*arguments)
@@ -386,3 +392,6 @@ def test_not_differentiable_and_says_so():
     with pytest.raises(RuntimeError, match=r"adamw: not differentiable; call it under torch\.no_grad\(\)"):
         adamw_(weight, torch.ones(3), torch.zeros(3), torch.zeros(3), **OPTIONS, step=1)
     assert (weight == 1).all()
+    scale = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="adamw: not differentiable"):
+        adamw_(torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3), **OPTIONS, step=1, scale=scale)

@@ -376,3 +376,12 @@ def test_nan_loss_stops_before_the_weights_change(tmp_path):
         trainer.train_step()
     for name, value in weights(trainer).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_norm_that_the_optimizer_left_is_looked_at(tmp_path):
+    """On CUDA step() raises nothing."""
+    trainer = make_trainer(tmp_path)
+    trainer.optimizer.step = lambda: setattr(trainer.optimizer, "grad_norm", torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match="the norm of the gradients is inf"):
+        trainer.train_step()
+    assert trainer.step == 0

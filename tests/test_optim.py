@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pykern.optim import AdamW, gradient_norm
+from pykern.optim import AdamW, clip_scale, gradient_norm
 
 OPTIONS = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 CLOSE = {
@@ -177,6 +177,104 @@ def test_norm_that_is_not_finite_changes_nothing(bad):
         optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
     assert {state["step"] for state in optimizer.state.values()} == {2}
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-30, 0.7, 1.5, 1.5000001, 40.0, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scale_is_that_of_the_formula(norm, dtype):
+    """The bits of the same numbers in Python: what a GPU computes is what the host would."""
+    given = torch.tensor(norm, dtype=dtype)
+    scale = clip_scale(given, 1.5)
+    assert (scale.dtype, scale.shape) == (torch.float64, (1,))
+    assert scale.item() == min(1.0, 1.5 / (given.item() + 1e-6))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scale_of_a_norm_that_is_not_finite_is_nan(bad):
+    assert clip_scale(torch.tensor(bad), 1.5).isnan().all()
+
+
+def test_finite_norm():
+    params = parameters()
+    optimizer = AdamW(params, max_norm=1.0, **OPTIONS)
+    assert math.isnan(optimizer.finite_norm())  # no step yet
+    run(optimizer, params, 1)
+    assert optimizer.finite_norm() == optimizer.grad_norm.item() > 0
+    optimizer.grad_norm = torch.tensor(math.inf)
+    with pytest.raises(FloatingPointError, match="AdamW: the norm of the gradients is inf"):
+        optimizer.finite_norm()
+
+
+def moved(params, device):
+    return [p.detach().to(device).requires_grad_() for p in params]
+
+
+def set_on(params, device, step, scale=1.0):
+    """set_gradients, drawn on the CPU."""
+    twins = parameters(params[0].dtype)
+    set_gradients(twins, step, scale)
+    for p, twin in zip(params, twins, strict=True):
+        p.grad = twin.grad.to(device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_clipping_on_cuda_does_not_wait(dtype):
+    """The steps of the CPU, with every call that would wait for the device an error."""
+    ours, theirs = moved(parameters(dtype), "cuda"), parameters(dtype)
+    clipping, plain = (AdamW(params, max_norm=1.5, **OPTIONS) for params in (ours, theirs))
+    for step in range(3):
+        set_on(ours, "cuda", step)
+        set_gradients(theirs, step)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            clipping.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        plain.step()
+    assert clipping.finite_norm() == pytest.approx(plain.finite_norm(), rel=1e-6)
+    for p, q in zip(ours, theirs, strict=True):
+        a, b = (o.state[x].get("master", x) for o, x in ((clipping, p), (plain, q)))
+        torch.testing.assert_close(a.cpu(), b, **CLOSE[a.dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_norm_that_is_not_finite_changes_nothing_on_cuda(bad):
+    params = moved(parameters(torch.bfloat16), "cuda")
+    optimizer = AdamW(params, max_norm=1.0, **OPTIONS)
+    set_on(params, "cuda", 0)
+    optimizer.step()
+    before = [t.clone() for p in params for t in (p, *optimizer.state[p].values()) if isinstance(t, torch.Tensor)]
+    set_on(params, "cuda", 1)
+    params[1].grad[0] = bad
+    optimizer.step()
+    after = [t for p in params for t in (p, *optimizer.state[p].values()) if isinstance(t, torch.Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert {state["step"] for state in optimizer.state.values()} == {2}
+    with pytest.raises(FloatingPointError, match=f"norm of the gradients is {bad}"):
+        optimizer.finite_norm()
+
+
+@pytest.mark.gpu
+def test_a_clipped_step_can_be_captured_in_a_graph():
+    params = moved(parameters(torch.float32), "cuda")
+    optimizer = AdamW(params, max_norm=1.0, **OPTIONS)
+    set_on(params, "cuda", 0, scale=10.0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        optimizer.step()
+    before = params[0].detach().clone()
+    graph.replay()
+    torch.cuda.synchronize()
+    norm = torch.stack([p.grad.double().square().sum() for p in params]).sum().sqrt()
+    assert optimizer.finite_norm() == pytest.approx(norm.item(), rel=1e-6)
+    assert not torch.equal(params[0], before)
 
 
 def test_parameters_without_gradient_are_left_alone():

@@ -204,7 +204,6 @@ def adamw_cases(tiny: bool) -> Iterator[Case]:
             makers,
             ("adamw", "square_sum") if clip else ("adamw",),
             one_set=True,
-            graph=not clip,
         )
 
 

@@ -12,5 +12,8 @@ __device__ __forceinline__ float complementary_error(float x) { return erfcf(x);
 __device__ __forceinline__ double complementary_error(double x) { return erfc(x); }
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
+// a b, rounded: never one operation with an addition that follows
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
 }  // namespace pykern::cuda

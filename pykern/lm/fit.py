@@ -99,7 +99,7 @@ def fit(
             optimizer.step()
             step, tokens = step + 1, tokens + count
             row: dict[str, int | float] = {"step": step, "tokens": tokens, "loss": loss.item(), "lr": lr}
-            row |= {"grad_norm": math.nan if optimizer.grad_norm is None else float(optimizer.grad_norm)}
+            row |= {"grad_norm": optimizer.finite_norm()}
             if step % options.eval_every == 0 or step == options.steps:
                 try:
                     score = evaluate_now(check)

@@ -213,20 +213,20 @@ class Trainer:
             raise FloatingPointError(f"train: the loss is {value} at step {self.step + 1}: try a lower lr")
         loss.backward()
         self.optimizer.step()
+        norm = self.optimizer.finite_norm()
         seconds = self.ranks.mean(time.perf_counter() - start)
         self.step += 1
         self.tokens += tokens
         self.seconds += seconds
         self._seconds_per_step = smoothed(self._seconds_per_step, seconds)
         self._tokens_per_step = smoothed(self._tokens_per_step, tokens)
-        norm = self.optimizer.grad_norm
         return {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "loss": value,
             "lr": lr,
-            "grad_norm": math.nan if norm is None else float(norm),
+            "grad_norm": norm,
         }
 
     def _autocast(self) -> torch.autocast:

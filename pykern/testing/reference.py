@@ -269,9 +269,15 @@ def adamw(
     weight_decay: float,
     step: int,
     grad_scale: float = 1.0,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(param, exp_avg, exp_avg_sq) after step `step` = 1, 2, ... of AdamW (arXiv 1711.05101), not in place."""
-    grad = grad * grad_scale
+    """(param, exp_avg, exp_avg_sq) after step `step` = 1, 2, ... of AdamW (arXiv 1711.05101), not in place.
+
+    scale [1] multiplies grad_scale; where it is not finite, nothing changes.
+    """
+    if scale is not None and not scale.isfinite():
+        return param, exp_avg, exp_avg_sq
+    grad = grad * (grad_scale if scale is None else grad_scale * scale.item())
     exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad.square()
     mean, variance = exp_avg / (1 - beta1**step), exp_avg_sq / (1 - beta2**step)

@@ -126,6 +126,8 @@ T atomicCAS(T* p, T expected, T x) {
 inline void __threadfence() {}
 
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 

@@ -3,6 +3,7 @@
 $PYKERN_EMULATED names the file; it is loaded before anything imports pykern, so the tests of the CPU run unchanged.
 """
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -16,6 +17,13 @@ def load(path):
 
     sys.modules["pykern._C"] = pykern._C = module
     return module
+
+
+def counts():
+    """Launches and blocks so far."""
+    counted = (ctypes.c_uint64 * 2)()
+    ctypes.CDLL(os.environ["PYKERN_EMULATED"]).emulation_counts(counted)
+    return list(counted)
 
 
 load(os.environ["PYKERN_EMULATED"])
