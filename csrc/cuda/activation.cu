@@ -8,34 +8,44 @@ namespace {
 
 struct Activate {  // x -> out
   Activation kind;
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[1], C (&y)[1]) const {
-    y[0] = activate(kind, x[0]);
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[1][W], C (&y)[1][W]) const {
+    with_kind(kind, [&](Activation known) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) y[0][j] = activate<C, T>(known, x[0][j]);
+    });
   }
 };
 
 struct ActivateBackward {  // x, dout -> dx
   Activation kind;
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[2], C (&y)[1]) const {
-    C value;
-    y[0] = x[1] * derivative(kind, x[0], &value);
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[2][W], C (&y)[1][W]) const {
+    with_kind(kind, [&](Activation known) {
+      C value;
+#pragma unroll
+      for (int j = 0; j < W; ++j) y[0][j] = x[1][j] * derivative<C, T>(known, x[0][j], &value);
+    });
   }
 };
 
 struct Swiglu {  // gate, up -> out
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[2], C (&y)[1]) const {
-    y[0] = activate(Activation::silu, x[0]) * x[1];
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[2][W], C (&y)[1][W]) const {
+#pragma unroll
+    for (int j = 0; j < W; ++j) y[0][j] = activate<C, T>(Activation::silu, x[0][j]) * x[1][j];
   }
 };
 
 struct SwigluGradient {  // gate, up, dout -> dgate, dup
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[3], C (&y)[2]) const {
-    C value;
-    y[0] = x[2] * x[1] * derivative(Activation::silu, x[0], &value);
-    y[1] = x[2] * value;
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[3][W], C (&y)[2][W]) const {
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      C value;
+      y[0][j] = x[2][j] * x[1][j] * derivative<C, T>(Activation::silu, x[0][j], &value);
+      y[1][j] = x[2][j] * value;
+    }
   }
 };
 

@@ -1,8 +1,9 @@
-// cross_entropy: one block per row. Forward reads the logits once, with a running maximum per
-// thread; backward reads them once and writes their gradient, in place if asked. A label that is
-// neither a class nor ignore_index, which no kernel can refuse: loss and gradient are NaN.
-#include "cuda/math.cuh"
-#include "cuda/pieces.cuh"
+// cross_entropy: one row of a block's threads for each row, which walks through a ring. Forward
+// reads the logits once, with a running maximum per thread; backward reads them once and writes
+// their gradient, in place if asked. A label that is neither a class nor ignore_index, which no
+// kernel can refuse: loss and gradient are NaN.
+#include "cuda/exp_sum.cuh"
+#include "cuda/ring.cuh"
 #include "ops/cross_entropy.h"
 
 namespace pykern::cuda {
@@ -30,158 +31,218 @@ struct PerRow {
 PerRow per_row(const Tensor& t) { return {rows_of(column(t)), t.dtype == DType::f64}; }
 
 template <class T>
-struct Forward {
+struct Walk {
   Rows logits, target;
-  PerRow loss, lse;
   CrossEntropyOptions options;
   int64_t rows;
   Pieces<T> pieces;
+
+  __device__ __forceinline__ int64_t label(int64_t row) const {
+    return static_cast<const int64_t*>(target.data)[target.offset(row)];
+  }
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) cross_entropy_forward_kernel(const Forward<T> a) {
+struct Forward {
+  Walk<T> walk;
+  PerRow loss, lse;
+};
+
+template <class T>
+struct ForwardShared {
+  ExpSumScratch<T, double> sums;
+  alignas(16) T ring[];
+};
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
+    cross_entropy_forward_kernel(const Forward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  AcrossRow across_row(shared_memory<RowScratch<double, 2>>());
-  const Pieces<T>& pieces = a.pieces;
-  const int64_t chunks = pieces.chunks(), V = pieces.D;
-  const CrossEntropyOptions& o = a.options;
+  const Walk<T>& w = a.walk;
+  auto& shared = shared_memory<ForwardShared<T>>();
+  ExpSumAcrossRow<T, double> across_row(shared.sums);
+  const Ring<T> ring(shared.ring, Ring<T>::plan_of_one());
+  const CrossEntropyOptions& o = w.options;
+  const int chunks = static_cast<int>(w.pieces.chunks());
+  const int64_t V = w.pieces.D, together = blockDim.y;
+  const bool smooth = o.label_smoothing > 0;
+  const auto counts = [&](int64_t row) { return w.label(row) != o.ignore_index; };
+  Chunks coming(ring, w.logits, w.rows, w.pieces, 1, counts);
 
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const T* x = static_cast<const T*>(a.logits.data) + a.logits.offset(row);
-    const int64_t y = static_cast<const int64_t*>(a.target.data)[a.target.offset(row)];
-    if (y == o.ignore_index) {
-      if (threadIdx.x == 0) a.loss.set(row, 0), a.lse.set(row, 0);
-      continue;
+  for (int64_t begin = blockIdx.x * together; begin < w.rows; begin += gridDim.x * together) {
+    const int64_t row = begin + threadIdx.y;
+    const bool there = row < w.rows;
+    const int64_t y = there ? w.label(row) : o.ignore_index;
+    const bool seen = y != o.ignore_index, known = y >= 0 && y < V;
+    double x_y = NAN;
+    if (threadIdx.x == 0 && seen && known)
+      x_y = widen(static_cast<const T*>(w.logits.data)[w.logits.offset(row) + y]);
+
+    ExpSum<T> own;
+    double total = 0;  // of x
+    if (seen) {
+      int64_t from = w.pieces.begin();
+      for (int chunk = 0; chunk < chunks; ++chunk, from += w.pieces.width()) {
+        coming.next();
+        w.pieces.each_pack_from(from, [&](int p, int64_t, int64_t valid, bool) {
+          C x[W];
+          coming.get(p, x);
+          if (smooth) total += added(x);
+          own.add(x, valid);
+        });
+      }
     }
-    C most = -INFINITY;
-    double sum = 0, total = 0;  // of exp(x - most), and of x
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      pieces.each_pack(chunk, [&](int, int64_t first, int64_t valid) {
-        C v[W], e[W];
-        load(x + first, valid, pieces.vectors, v);
-        C top = most;
-#pragma unroll
-        for (int j = 0; j < W; ++j) top = j < valid ? Larger()(top, v[j]) : top;
-        if (top > most) {
-          sum *= exp(static_cast<double>(most) - static_cast<double>(top));
-          most = top;
-        }
-        const C shift = top == -INFINITY ? C(0) : top;  // -inf - -inf is NaN
-#pragma unroll
-        for (int j = 0; j < W; ++j) e[j] = j < valid ? exponential(v[j] - shift) : C(0);
-        sum += added(e);
-        if (o.label_smoothing > 0) {
-#pragma unroll
-          for (int j = 0; j < W; ++j) v[j] = j < valid ? v[j] : C(0);
-          total += added(v);
-        }
-      });
-    double top[2] = {most, -INFINITY};
-    across_row(top, Larger());
-    double sums[2] = {most == -INFINITY ? sum : sum * exp(most - top[0]), total};
-    across_row(sums, Add());
-    if (threadIdx.x > 0) continue;
+    C shift;
+    double sum;
+    across_row(own, &shift, &sum);
+    if (smooth) total = across_row.added_up(total);
+    if (threadIdx.x > 0 || !there) continue;
 
-    const double e = o.label_smoothing, lse = top[0] + log(sums[0]);
+    const double e = o.label_smoothing, lse = shift + log(sum);
     double loss = 0;  // a factor of 0 must not meet an infinity
     if (lse == -INFINITY) {
       loss = INFINITY;
     } else {
-      const double x_y = y >= 0 && y < V ? static_cast<double>(widen(x[y])) : NAN;
       if (e < 1) loss += (1 - e) * (lse - x_y);
-      if (e > 0) loss += e * (lse - sums[1] / static_cast<double>(V));
+      if (e > 0) loss += e * (lse - total / static_cast<double>(V));
       if (o.z_loss > 0) loss += o.z_loss * lse * lse;
     }
-    a.loss.set(row, y >= 0 && y < V ? loss : NAN);
-    a.lse.set(row, lse);
+    a.loss.set(row, !seen ? 0 : known ? loss : NAN);
+    a.lse.set(row, seen ? lse : 0);
   }
+  cp_async_wait<0>();
 }
 
 template <class T>
 struct Backward {
-  Rows logits, target, dlogits;
-  Numbers<T>
-      gradients;  // those of dlogits: a half type beside float logits in linear_cross_entropy
+  Walk<T> walk;
+  Rows dlogits;
+  Numbers<T> gradients;  // a half type beside float logits in linear_cross_entropy
   PerRow dloss, lse;
-  CrossEntropyOptions options;
-  int64_t rows;
-  Pieces<T> pieces;
+
+  // dx[j] = rate exp(x[j] - lse) + everywhere - [j == y] label
+  struct Terms {
+    double lse, rate, everywhere, label;
+  };
+  __device__ __forceinline__ Terms terms(int64_t row, int64_t y) const {
+    const CrossEntropyOptions& o = walk.options;
+    const double own = lse.get(row);
+    const bool known = y >= 0 && y < walk.pieces.D;
+    if (own == -INFINITY) return {0, 0, known ? 0 : double(NAN), 0};  // nothing but -inf
+    const double d = known ? dloss.get(row) : double(NAN);
+    return {own, d * (1 + 2 * o.z_loss * own),
+            -d * o.label_smoothing / static_cast<double>(walk.pieces.D),
+            d * (1 - o.label_smoothing)};
+  }
 };
 
+// A place is asked for, read and written by one thread, in this order: the gradient may stand where
+// the logits are.
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) cross_entropy_backward_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
+    cross_entropy_backward_kernel(const Backward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  const Pieces<T>& pieces = a.pieces;
-  const int64_t chunks = pieces.chunks(), V = pieces.D;
-  const CrossEntropyOptions& o = a.options;
+  const Walk<T>& w = a.walk;
+  const Ring<T> ring(reinterpret_cast<T*>(&shared_memory<uint4>()), Ring<T>::plan_of_one());
+  const Pieces<T>& pieces = w.pieces;
+  const int chunks = static_cast<int>(pieces.chunks());
+  const int64_t together = blockDim.y;
+  const auto counts = [&](int64_t row) { return w.label(row) != w.options.ignore_index; };
+  Chunks coming(ring, w.logits, w.rows, pieces, 1, counts);
 
-  for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const T* x = static_cast<const T*>(a.logits.data) + a.logits.offset(row);
-    const int64_t dx = a.dlogits.offset(row);
-    const int64_t y = static_cast<const int64_t*>(a.target.data)[a.target.offset(row)];
-    const bool ignored = y == o.ignore_index, known = y >= 0 && y < V;
-    const double lse = a.lse.get(row), dloss = known ? a.dloss.get(row) : double(NAN);
-    const bool nothing = ignored || (lse == -INFINITY && known);
+  for (int64_t row = blockIdx.x * together + threadIdx.y; row < w.rows;
+       row += gridDim.x * together) {
+    const int64_t dx = a.dlogits.offset(row), y = w.label(row);
+    if (y == w.options.ignore_index) {
+      const C zeros[W] = {};
+      for (int chunk = 0; chunk < chunks; ++chunk)
+        pieces.each_pack(chunk, [&](int, int64_t first, int64_t valid) {
+          a.gradients.store(dx + first, valid, pieces.vectors, zeros);
+        });
+      continue;
+    }
+    const auto row_terms = a.terms(row, y);
     // lse in double: rounded to float, an lse of 1000 would be off by 3e-5, and so would all
     // probabilities
-    const C center = static_cast<C>(lse);
-    const double rate = dloss * (1 + 2 * o.z_loss * lse);
-    const double everywhere = -dloss * o.label_smoothing / static_cast<double>(V);
-    const C scale = static_cast<C>(rate * exp(static_cast<double>(center) - lse));
-    const C offset = static_cast<C>(everywhere);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      pieces.each_pack(chunk, [&](int, int64_t first, int64_t valid) {
-        C v[W], d[W];
-        if (!nothing) load(x + first, valid, pieces.vectors, v);
+    const C center = static_cast<C>(row_terms.lse);
+    const C scale = static_cast<C>(row_terms.rate * exp(center - row_terms.lse));
+    const C offset = static_cast<C>(row_terms.everywhere);
+    bool owner = false;  // of the label's place
+    C x_y = 0;
+    int64_t from = pieces.begin();
+    for (int chunk = 0; chunk < chunks; ++chunk, from += pieces.width()) {
+      coming.next();
+      pieces.each_pack_from(from, [&](int p, int64_t first, int64_t valid, bool vectors) {
+        C x[W], d[W];
+        coming.get(p, x);
+        if (static_cast<uint64_t>(y - first) < W) {
+          owner = true;
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          d[j] = nothing ? C(0) : fma(exponential(v[j] - center), scale, offset);
-          if (first + j == y && !nothing)  // dx may be x: this thread read it and writes it
-            d[j] = static_cast<C>(rate * exp(static_cast<double>(v[j]) - lse) -
-                                  dloss * (1 - o.label_smoothing) + everywhere);
+          for (int j = 0; j < W; ++j) x_y = first + j == y ? x[j] : x_y;
         }
-        a.gradients.store(dx + first, valid, pieces.vectors, d);
+#pragma unroll
+        for (int j = 0; j < W; ++j) d[j] = fma(exponential_for<T>(x[j] - center), scale, offset);
+        a.gradients.store(dx + first, valid, vectors, d);
       });
+    }
+    if (owner) {  // in double: two terms may cancel
+      const auto t = a.terms(row, y);
+      const C d[1] = {static_cast<C>(t.rate * exp(x_y - t.lse) - t.label + t.everywhere)};
+      a.gradients.store(dx + y, 1, false, d);
+    }
   }
+  cp_async_wait<0>();
+}
+
+template <class T>
+Walk<T> walk_of(const Tensor& logits, const Tensor& target, const CrossEntropyOptions& options,
+                bool vectors) {
+  const int64_t V = logits.size[logits.rank - 1];
+  return {.logits = rows_of(logits),
+          .target = rows_of(column(target)),
+          .options = options,
+          .rows = pykern::rows(logits),
+          .pieces = {V, vectors}};
+}
+
+template <class T>
+Grid walk_grid(const Walk<T>& walk) {
+  const int threads = row_threads<T>(walk.pieces.D), together = rows_together<T>(walk.pieces.D);
+  return {.blocks = dim3(walking_blocks(ceil_div(walk.rows, together), threads * together)),
+          .threads = dim3(threads, together),
+          .shared = Ring<T>::plan(threads * together, 1).bytes};
 }
 
 }  // namespace
 
 void cross_entropy_forward(const CrossEntropyForward& op, Stream stream) {
-  const int64_t V = op.logits.size[op.logits.rank - 1], rows = pykern::rows(op.logits);
-  if (rows == 0) return;
+  if (pykern::rows(op.logits) == 0) return;
   const OnDevice device(op.logits);
   with_type(op.logits.dtype, [&]<class T>(T) {
-    const Forward<T> a{.logits = rows_of(op.logits),
-                       .target = rows_of(column(op.target)),
-                       .loss = per_row(op.loss),
-                       .lse = per_row(op.lse),
-                       .options = op.options,
-                       .rows = rows,
-                       .pieces = {V, takes_packs<T>(op.logits)}};
-    launch("cross_entropy_forward", cross_entropy_forward_kernel<T>,
-           row_grid<double, 2>(T{}, rows, V, 1), stream, a);
+    const Forward<T> a{
+        .walk = walk_of<T>(op.logits, op.target, op.options, takes_packs<T>(op.logits)),
+        .loss = per_row(op.loss),
+        .lse = per_row(op.lse)};
+    Grid grid = walk_grid(a.walk);
+    grid.shared += sizeof(ForwardShared<T>);
+    launch("cross_entropy_forward", cross_entropy_forward_kernel<T>, grid, stream, a);
   });
 }
 
 void cross_entropy_backward(const CrossEntropyBackward& op, Stream stream) {
-  const int64_t V = op.logits.size[op.logits.rank - 1], rows = pykern::rows(op.logits);
-  if (rows == 0 || V == 0) return;
+  if (pykern::rows(op.logits) == 0 || op.logits.size[op.logits.rank - 1] == 0) return;
   const OnDevice device(op.logits);
   with_type(op.logits.dtype, [&]<class T>(T) {
-    const Backward<T> a{.logits = rows_of(op.logits),
-                        .target = rows_of(column(op.target)),
+    const bool vectors = take_packs<T>({&op.logits, &op.dlogits});
+    const Backward<T> a{.walk = walk_of<T>(op.logits, op.target, op.options, vectors),
                         .dlogits = rows_of(op.dlogits),
                         .gradients = numbers_of<T>(op.dlogits),
                         .dloss = per_row(op.dloss),
-                        .lse = per_row(op.lse),
-                        .options = op.options,
-                        .rows = rows,
-                        .pieces = {V, take_packs<T>({&op.logits, &op.dlogits})}};
-    launch("cross_entropy_backward", cross_entropy_backward_kernel<T>,
-           row_grid<double, 2>(T{}, rows, V, 1), stream, a);
+                        .lse = per_row(op.lse)};
+    launch("cross_entropy_backward", cross_entropy_backward_kernel<T>, walk_grid(a.walk), stream,
+           a);
   });
 }
 

@@ -1,5 +1,5 @@
 // Kernels that compute each number of their outputs from those of the inputs at the same place: a
-// thread takes one pack of neighbours at a time.
+// thread takes a pack of neighbours at a time.
 #pragma once
 #include "cuda/rows.cuh"
 
@@ -59,7 +59,7 @@ Grid element_grid(const Extent& e) {
           .threads = dim3(kElementThreads)};
 }
 
-// ---- f(x, y): numbers y[outputs] from numbers x[inputs]
+// ---- f.apply<T>(x, y): packs y[outputs] from packs x[inputs]
 
 template <int inputs, int outputs>
 struct Map {
@@ -67,30 +67,40 @@ struct Map {
   Extent extent;
 };
 
+constexpr int kPacks = 2;  // of a tensor that a thread asks for before it computes
+
 template <class T, int inputs, int outputs, class Function>
-__global__ void __launch_bounds__(kElementThreads)
+__global__ void __launch_bounds__(kElementThreads, sizeof(T) == 8 ? 1 : 4)
     elementwise_kernel(const Map<inputs, outputs> a, const Function f) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  each_pack_of<T>(a.extent, [&](int64_t row, int64_t first, int64_t valid) {
-    C in[inputs][W], out[outputs][W];
+  const Extent& e = a.extent;
+  const int64_t per_row = e.packs_per_row<T>(), packs = e.rows * per_row;
+  const int64_t first_pack = blockIdx.x * int64_t(kPacks * kElementThreads) + threadIdx.x;
+  const auto each_pack = [&](const auto& body) {  // body(p, row, first, valid)
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int64_t i = first_pack + p * kElementThreads;
+      const int64_t row = e.rows == 1 ? 0 : quotient(i, per_row),
+                    first = (i - row * per_row) * kPack<T>;
+      if (i < packs) body(p, row, first, e.D - first);
+    }
+  };
+  Pack<T, W> read_ahead[kPacks][inputs];
+  each_pack([&](int p, int64_t row, int64_t first, int64_t valid) {
 #pragma unroll
     for (int i = 0; i < inputs; ++i)
-      load(static_cast<const T*>(a.in[i].data) + a.in[i].offset(row) + first, valid,
-           a.extent.vectors, in[i]);
+      read(static_cast<const T*>(a.in[i].data) + a.in[i].offset(row) + first, valid, e.vectors,
+           read_ahead[p][i]);
+  });
+  each_pack([&](int p, int64_t row, int64_t first, int64_t valid) {
+    C x[inputs][W], y[outputs][W];
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      C x[inputs], y[outputs];
-#pragma unroll
-      for (int i = 0; i < inputs; ++i) x[i] = in[i][j];
-      f(x, y);
-#pragma unroll
-      for (int i = 0; i < outputs; ++i) out[i][j] = y[i];
-    }
+    for (int i = 0; i < inputs; ++i) widen(read_ahead[p][i], x[i]);
+    f.template apply<T>(x, y);
 #pragma unroll
     for (int i = 0; i < outputs; ++i)
-      store(static_cast<T*>(a.out[i].data) + a.out[i].offset(row) + first, valid, a.extent.vectors,
-            out[i]);
+      store(static_cast<T*>(a.out[i].data) + a.out[i].offset(row) + first, valid, e.vectors, y[i]);
   });
 }
 
@@ -106,9 +116,11 @@ void elementwise(const char* what, const Tensor (&in)[inputs], const Tensor (&ou
     a.extent = extent_of<T>(all, inputs + outputs);
     for (int i = 0; i < inputs; ++i) a.in[i] = rows_of(all[i]);
     for (int i = 0; i < outputs; ++i) a.out[i] = rows_of(all[inputs + i]);
-    if (a.extent.rows == 0 || a.extent.D == 0) return;
-    launch(what, elementwise_kernel<T, inputs, outputs, Function>, element_grid<T>(a.extent),
-           stream, a, f);
+    const int64_t packs = a.extent.rows * a.extent.template packs_per_row<T>();
+    if (packs == 0) return;
+    const Grid grid{.blocks = dim3(ceil_div(packs, kPacks * kElementThreads)),
+                    .threads = dim3(kElementThreads)};
+    launch(what, elementwise_kernel<T, inputs, outputs, Function>, grid, stream, a, f);
   });
 }
 

@@ -11,28 +11,39 @@ namespace {
 
 struct Gated {  // gate, up -> h
   Activation kind;
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[2], C (&y)[1]) const {
-    y[0] = activate(kind, x[0]) * x[1];
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[2][W], C (&y)[1][W]) const {
+    with_kind(kind, [&](Activation known) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) y[0][j] = activate<C, T>(known, x[0][j]) * x[1][j];
+    });
   }
 };
 
 struct Between {  // up, dh -> h, dup
   Activation kind;
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[2], C (&y)[2]) const {
-    y[1] = x[1] * derivative(kind, x[0], &y[0]);
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[2][W], C (&y)[2][W]) const {
+    with_kind(kind, [&](Activation known) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) y[1][j] = x[1][j] * derivative<C, T>(known, x[0][j], &y[0][j]);
+    });
   }
 };
 
 struct GatedBetween {  // gate, up, dh -> h, dup, dgate
   Activation kind;
-  template <class C>
-  __device__ __forceinline__ void operator()(const C (&x)[3], C (&y)[3]) const {
-    C value;
-    y[2] = x[2] * x[1] * derivative(kind, x[0], &value);
-    y[0] = value * x[1];
-    y[1] = x[2] * value;
+  template <class T, class C, int W>
+  __device__ __forceinline__ void apply(const C (&x)[3][W], C (&y)[3][W]) const {
+    with_kind(kind, [&](Activation known) {
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        C value;
+        y[2][j] = x[2][j] * x[1][j] * derivative<C, T>(known, x[0][j], &value);
+        y[0][j] = value * x[1][j];
+        y[1][j] = x[2][j] * value;
+      }
+    });
   }
 };
 

@@ -27,19 +27,40 @@ struct Pieces {
 
   // A block meets in its barriers as a whole: a row that is not there has no numbers.
   __device__ __forceinline__ Pieces where(bool there) const { return {there ? D : 0, vectors}; }
+  __device__ __forceinline__ int64_t width() const {  // of a chunk
+    return int64_t(kHeld) * blockDim.x * kPack<T>;
+  }
   __device__ __forceinline__ int64_t chunks() const {
-    const int64_t width = int64_t(kHeld) * blockDim.x * kPack<T>;
-    return D > width ? (D + width - 1) / width : 1;
+    return D > width() ? (D + width() - 1) / width() : 1;
+  }
+  // The number at which this thread's packs of the first chunk begin; in others a width further
+  __device__ __forceinline__ int64_t begin() const {
+    return (threadIdx.x / kWarp * (kHeld * kWarp) + threadIdx.x % kWarp) * kPack<T>;
   }
   // body(p, first, valid): pack p of the chunk begins at number `first`, `valid` are left of the
   // row
   template <class Body>
   __device__ __forceinline__ void each_pack(int64_t chunk, const Body& body) const {
-    const int64_t run = chunk * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+    const int64_t from = begin() + chunk * width();
 #pragma unroll
     for (int p = 0; p < kHeld; ++p) {
-      const int64_t first = ((run * kHeld + p) * kWarp + threadIdx.x % kWarp) * kPack<T>;
+      const int64_t first = from + p * (kWarp * kPack<T>);
       if (first < D) body(p, first, D - first);
+    }
+  }
+  // body(p, first, valid, vectors) of the chunk in which this thread's packs begin at number
+  // `from`. Where all are whole and aligned, `valid` and `vectors` are constants: the body is
+  // short.
+  template <class Body>
+  __device__ __forceinline__ void each_pack_from(int64_t from, const Body& body) const {
+    constexpr int W = kPack<T>, kStep = kWarp * W;
+    if (vectors && from + (kHeld - 1) * kStep + W <= D) {
+#pragma unroll
+      for (int p = 0; p < kHeld; ++p) body(p, from + p * kStep, int64_t(W), true);
+    } else {
+#pragma unroll
+      for (int p = 0; p < kHeld; ++p)
+        if (from + p * kStep < D) body(p, from + p * kStep, D - from - p * kStep, vectors);
     }
   }
 };

@@ -25,6 +25,17 @@ __device__ __forceinline__ float f16_value(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
 }
+// Two of them, the first in the low bits
+__device__ __forceinline__ uint32_t bf16_pair(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+__device__ __forceinline__ uint32_t f16_pair(float first, float second) {
+  uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
 // The 19 bits that a tf32 product reads, rounded instead of cut
 __device__ __forceinline__ uint32_t tf32_bits(float x) {
   uint32_t bits;
@@ -32,8 +43,21 @@ __device__ __forceinline__ uint32_t tf32_bits(float x) {
   return bits;
 }
 
-// A number that is kept in a register instead of being computed again
-__device__ __forceinline__ int kept(int x) {
+// 2^x and 1 / x to about 2^-22 of the result; below 2^-126 they are 0
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// x, which the compiler then keeps instead of computing it again wherever it is used
+template <class T>
+__device__ __forceinline__ T kept(T x) {
   asm volatile("" : "+r"(x));
   return x;
 }

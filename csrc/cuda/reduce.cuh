@@ -1,10 +1,8 @@
 // Sums and maxima over a warp and over a row of a block's threads, in an order that the number of
 // threads fixes.
 #pragma once
-#include <math.h>
-
 #include "cuda/launch.h"
-#include "cuda/types.cuh"
+#include "cuda/math.cuh"
 
 namespace pykern::cuda {
 
@@ -35,11 +33,11 @@ struct Add {
     return a + b;
   }
 };
-struct Larger {  // a NaN wins
+struct Larger {  // of numbers
   static constexpr float kNothing = -INFINITY;
   template <class C>
   __device__ __forceinline__ C operator()(C a, C b) const {
-    return a > b || a != a ? a : b;
+    return larger(a, b);
   }
 };
 

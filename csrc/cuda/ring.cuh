@@ -15,16 +15,27 @@ class Ring {
  public:
   struct Plan {
     int steps, streams;
+    int packs;  // of a step and stream
     size_t bytes;
   };
   static Plan plan(int threads, int streams) {
     const size_t step = size_t(streams) * kHeld * threads * 16;
     const int steps = kRingSteps * step <= kRingBytes ? kRingSteps : 2;
-    return {steps, streams, steps * step};
+    return {steps, streams, kHeld * threads, steps * step};
+  }
+
+  // One stream always has all steps: constants in the kernel.
+  __device__ __forceinline__ static Plan plan_of_one() {
+    static_assert(kRingSteps * kHeld * kRowThreads * 16 <= kRingBytes);
+    const int threads = blockDim.x * blockDim.y;
+    return {kRingSteps, 1, kHeld * threads, 0};
   }
 
   __device__ __forceinline__ Ring(T* memory, const Plan& plan)
-      : memory_(memory), steps_(plan.steps), streams_(plan.streams) {}
+      : memory_(memory), steps_(plan.steps), streams_(plan.streams), packs_(plan.packs) {
+    const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
+    own_ = kept(thread / kWarp * (kHeld * kWarp) + thread % kWarp);
+  }
 
   __device__ __forceinline__ int steps() const { return steps_; }
 
@@ -56,22 +67,91 @@ class Ring {
 
  private:
   __device__ __forceinline__ T* slot(unsigned step, int stream, int p) const {
-    const unsigned pack = ((step & (steps_ - 1)) * streams_ + stream) * kHeld + p;
-    const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
-    return memory_ + (pack * (blockDim.x * blockDim.y) + thread) * kPack<T>;
+    const unsigned part = (step & (steps_ - 1)) * streams_ + stream;
+    return memory_ + (part * packs_ + own_ + p * kWarp) * kPack<T>;
   }
 
   T* memory_;
-  int steps_, streams_;
+  unsigned own_;  // this thread's packs of a stream are a constant apart, as in a row
+  int steps_, streams_, packs_;
 };
 
-// Blocks that walk over rows: as many as run together, two on each processor.
-inline int64_t walking_blocks(int64_t most) {
+// The rows of a thread on their way through a ring of one stream: chunk after chunk, each row
+// `passes` times, of the rows for which wanted(row) holds.
+template <class T, class Wanted>
+class Chunks {
+ public:
+  __device__ __forceinline__ Chunks(const Ring<T>& ring, const Rows& rows, int64_t count,
+                                    const Pieces<T>& pieces, int passes, const Wanted& wanted)
+      : ring_(ring),
+        rows_(rows),
+        pieces_(pieces),
+        wanted_(wanted),
+        count_(count),
+        row_(blockIdx.x * int64_t(blockDim.y) + threadIdx.y),
+        chunks_(static_cast<int>(pieces.chunks())),
+        passes_(passes) {
+    begin_row();
+    for (int step = 0; step < ring.steps() - 1; ++step) start(step);
+  }
+
+  // Until the next chunk is there
+  __device__ __forceinline__ void next() {
+    ++step_;
+    start(step_ + ring_.steps() - 1);
+    ring_.wait();
+  }
+  // Pack p of it; behind the end of the row 0
+  __device__ __forceinline__ void get(int p, Compute<T> (&v)[kPack<T>]) const {
+    ring_.get(step_, 0, p, v);
+  }
+
+ private:
+  __device__ __forceinline__ void begin_row() {
+    const int64_t stride = int64_t(gridDim.x) * blockDim.y;
+    while (row_ < count_ && !wanted_(row_)) row_ += stride;
+    if (row_ < count_) from_ = static_cast<const T*>(rows_.data) + rows_.offset(row_);
+    first_ = pieces_.begin();
+    chunk_ = pass_ = 0;
+  }
+  __device__ __forceinline__ void start(unsigned step) {
+    if (row_ < count_) {
+      pieces_.each_pack_from(first_, [&](int p, int64_t first, int64_t valid, bool vectors) {
+        ring_.fetch(step, 0, p, from_ + first, valid, vectors);
+      });
+      first_ += pieces_.width();
+      if (++chunk_ == chunks_) {
+        first_ = pieces_.begin();
+        chunk_ = 0;
+        if (++pass_ == passes_) {
+          row_ += int64_t(gridDim.x) * blockDim.y;
+          begin_row();
+        }
+      }
+    }
+    ring_.commit();
+  }
+
+  const Ring<T>& ring_;
+  const Rows& rows_;
+  const Pieces<T>& pieces_;
+  const Wanted& wanted_;
+  const int64_t count_;
+  const T* from_ = nullptr;
+  int64_t row_, first_ = 0;  // of the next request
+  int chunk_ = 0, pass_ = 0;
+  const int chunks_, passes_;
+  unsigned step_ = ~0u;
+};
+
+// Blocks that walk over rows: as many as run together, two on each processor, or more small ones.
+inline int64_t walking_blocks(int64_t most, int threads = kRowThreads) {
   int device = 0, processors = 0;
   require(cudaGetDevice(&device), "cudaGetDevice");
   require(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
           "cudaDeviceGetAttribute");
-  return most < 2 * processors ? most : 2 * processors;
+  const int64_t together = int64_t(processors) * (2 * kRowThreads / threads);
+  return most < together ? most : together;
 }
 
 }  // namespace pykern::cuda

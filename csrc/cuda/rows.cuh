@@ -111,11 +111,40 @@ __device__ __forceinline__ void read(const T* p, int64_t valid, bool vectors, Pa
 }
 
 template <class T, int n>
+__device__ __forceinline__ void widen(const Pack<T, n>& pack, Compute<T> (&v)[n]) {
+  if constexpr (std::is_same_v<T, bf16> && n % 2 == 0) {  // two of a word
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+      uint32_t word;
+      memcpy(&word, &pack.of[j], sizeof word);
+      v[j] = __uint_as_float(word << 16);
+      v[j + 1] = __uint_as_float(word & 0xffff0000);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) v[j] = widen(pack.of[j]);
+  }
+}
+template <class T, int n, class C>
+__device__ __forceinline__ void narrow(const C (&v)[n], Pack<T, n>& pack) {
+  if constexpr (sizeof(T) == 2 && sizeof(C) == sizeof(float) && n % 2 == 0) {
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+      const uint32_t word =
+          std::is_same_v<T, bf16> ? bf16_pair(v[j], v[j + 1]) : f16_pair(v[j], v[j + 1]);
+      memcpy(&pack.of[j], &word, sizeof word);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < n; ++j) pack.of[j] = narrow<T>(v[j]);
+  }
+}
+
+template <class T, int n>
 __device__ __forceinline__ void load(const T* p, int64_t valid, bool vectors, Compute<T> (&v)[n]) {
   Pack<T, n> pack;
   read(p, valid, vectors, pack);
-#pragma unroll
-  for (int j = 0; j < n; ++j) v[j] = widen(pack.of[j]);
+  widen(pack, v);
 }
 
 template <class T, int n, class C>
@@ -123,8 +152,7 @@ __device__ __forceinline__ void store(T* p, int64_t valid, bool vectors, const C
   if (vectors && valid >= n) {
     using P = Pack<T, n>;
     P pack;
-#pragma unroll
-    for (int j = 0; j < n; ++j) pack.of[j] = narrow<T>(v[j]);
+    narrow(v, pack);
 #pragma unroll
     for (int w = 0; w < P::kWords; ++w) {
       typename P::Word word;

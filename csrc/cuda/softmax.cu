@@ -1,86 +1,111 @@
-// softmax over rows, one row of a block's threads each, which holds it in registers while it fits.
-// Hidden places (mask false) count as -infinity and are 0 in the result, whatever stands there.
+// softmax over rows, one row of a block's threads each. Hidden places (mask false) count as
+// -infinity and are 0 in the result, whatever stands there.
+//   forward   out = exp(x - shift) / sum exp(x - shift)
 //   backward  dx = out (dout - sum out dout),  0 where out is 0
-#include "cuda/math.cuh"
-#include "cuda/pieces.cuh"
+// Forward rows walk through a ring, those of several chunks twice; backward a row is held in
+// registers while it fits.
+#include "cuda/exp_sum.cuh"
+#include "cuda/ring.cuh"
 #include "ops/softmax.h"
 
 namespace pykern::cuda {
 namespace {
 
+// Which places are visible: a byte each.
+struct Mask {
+  Rows rows;
+  int64_t step;  // between neighbours of a row: 1, or 0 for all alike
+  bool words;    // the bytes of a pack are read together
+};
+
 template <class T>
 struct Forward {
-  Rows x, mask, out;
-  int64_t mask_step;  // between neighbours of a row of the mask: 1, or 0 for all alike
+  Rows x, out;
+  Mask mask;
   int64_t rows;
   Pieces<T> pieces;
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) softmax_forward_kernel(const Forward<T> a) {
+struct ForwardShared {
+  ExpSumScratch<T, Sum<T>> sums;
+  alignas(16) T ring[];
+};
+
+// The mask of a pack, from byte p on.
+template <int n>
+__device__ __forceinline__ void read_mask(const uint8_t* p, int64_t valid, const Mask& mask,
+                                          Pack<uint8_t, n>& visible) {
+  if constexpr (n >= 4)
+    if (mask.words) return read(p, valid, true, visible);
+#pragma unroll
+  for (int j = 0; j < n; ++j) visible.of[j] = j < valid ? p[j * mask.step] : uint8_t(0);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
+    softmax_forward_kernel(const Forward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  AcrossRow across_row(shared_memory<RowScratch<Sum<T>, 1>>());
-  const int64_t chunks = a.pieces.chunks(), together = blockDim.y;
-  C v[kHeld][W];
-  unsigned visible[kHeld];  // a bit per number
+  auto& shared = shared_memory<ForwardShared<T>>();
+  ExpSumAcrossRow<T, Sum<T>> across_row(shared.sums);
+  const Ring<T> ring(shared.ring, Ring<T>::plan_of_one());
+  const int chunks = static_cast<int>(a.pieces.chunks());
+  const int64_t together = blockDim.y;
+  const bool masked = a.mask.rows.data != nullptr;
+  const auto all = [](int64_t) { return true; };
+  Chunks coming(ring, a.x, a.rows, a.pieces, chunks > 1 ? 2 : 1, all);
+  Pack<uint8_t, W> visible[kHeld];
 
   for (int64_t begin = blockIdx.x * together; begin < a.rows; begin += gridDim.x * together) {
     const bool there = begin + threadIdx.y < a.rows;
     const Pieces<T> pieces = a.pieces.where(there);
     const int64_t row = there ? begin + threadIdx.y : begin;
-    const T* x = static_cast<const T*>(a.x.data) + a.x.offset(row);
+    const uint8_t* mask = static_cast<const uint8_t*>(a.mask.rows.data) + a.mask.rows.offset(row);
     T* out = static_cast<T*>(a.out.data) + a.out.offset(row);
-    const uint8_t* mask =
-        a.mask.data ? static_cast<const uint8_t*>(a.mask.data) + a.mask.offset(row) : nullptr;
-    const auto read = [&](int64_t chunk) {
-      pieces.each_pack(chunk, [&](int p, int64_t first, int64_t valid) {
-        load(x + first, valid, pieces.vectors, v[p]);
-        visible[p] = 0;
-#pragma unroll
-        for (int j = 0; j < W; ++j)
-          visible[p] |=
-              static_cast<unsigned>(j < valid && (!mask || mask[(first + j) * a.mask_step])) << j;
-      });
+    const auto next = [&](int64_t from) {
+      if (masked)
+        pieces.each_pack_from(from, [&](int p, int64_t first, int64_t valid, bool) {
+          read_mask(mask + first * a.mask.step, valid, a.mask, visible[p]);
+        });
+      coming.next();
     };
-    Sum<T> top[1] = {-INFINITY};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      read(chunk);
-      pieces.each_pack(chunk, [&](int p, int64_t, int64_t) {
+
+    ExpSum<T> own;
+    int64_t from = pieces.begin();
+    for (int chunk = 0; chunk < chunks; ++chunk, from += pieces.width()) {
+      next(from);
+      pieces.each_pack_from(from, [&](int p, int64_t, int64_t valid, bool) {
+        C x[W];
+        coming.get(p, x);
+        if (masked) {
 #pragma unroll
-        for (int j = 0; j < W; ++j)
-          if (visible[p] >> j & 1) top[0] = Larger()(top[0], Sum<T>(v[p][j]));
+          for (int j = 0; j < W; ++j) x[j] = visible[p].of[j] ? x[j] : C(-INFINITY);
+        }
+        own.add(x, valid);
       });
     }
-    across_row(top, Larger());
-    const C shift = top[0] == -INFINITY ? C(0) : C(top[0]);  // all hidden, or as good as hidden
+    C shift;
+    Sum<T> sum;
+    across_row(own, &shift, &sum);
+    const C scale = sum == 0 ? C(0) : C(1 / sum);  // all hidden, or as good as hidden
 
-    Sum<T> sum[1] = {0};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      if (chunks > 1) read(chunk);
-      pieces.each_pack(chunk, [&](int p, int64_t, int64_t) {
-#pragma unroll
-        for (int j = 0; j < W; ++j)
-          v[p][j] = visible[p] >> j & 1 ? exponential(v[p][j] - shift) : C(0);
-        sum[0] += added(v[p]);
-      });
-    }
-    across_row(sum, Add());
-    const C total = sum[0] == 0 ? C(1) : C(sum[0]);
-
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      if (chunks > 1) read(chunk);
-      pieces.each_pack(chunk, [&](int p, int64_t first, int64_t valid) {
+    from = pieces.begin();
+    for (int chunk = 0; chunk < chunks; ++chunk, from += pieces.width()) {
+      if (chunks > 1) next(from);
+      pieces.each_pack_from(from, [&](int p, int64_t first, int64_t valid, bool vectors) {
         C y[W];
+        coming.get(p, y);
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          const C e = chunks > 1 ? exponential(v[p][j] - shift) : v[p][j];
-          y[j] = visible[p] >> j & 1 ? e / total : C(0);
+          y[j] = exponential_for<T>(y[j] - shift) * scale;
+          if (masked) y[j] = visible[p].of[j] ? y[j] : C(0);
         }
-        store(out + first, valid, pieces.vectors, y);
+        store(out + first, valid, vectors, y);
       });
     }
   }
+  cp_async_wait<0>();
 }
 
 template <class T>
@@ -91,7 +116,8 @@ struct Backward {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kRowThreads) softmax_backward_kernel(const Backward<T> a) {
+__global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
+    softmax_backward_kernel(const Backward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
   AcrossRow across_row(shared_memory<RowScratch<Sum<T>, 1>>());
@@ -143,16 +169,23 @@ void softmax_forward(const SoftmaxForward& op, Stream stream) {
   const int last = op.x.rank - 1;
   const int64_t D = op.x.size[last], rows = pykern::rows(op.x);
   if (rows == 0 || D == 0) return;
+  const int64_t mask_step = op.mask.given ? op.mask.stride[last] : 0;
   const OnDevice device(op.x);
   with_type(op.x.dtype, [&]<class T>(T) {
+    const int threads = row_threads<T>(D), together = rows_together<T>(D);
+    const Mask mask{.rows = rows_of(op.mask),
+                    .step = mask_step,
+                    .words = mask_step == 1 && takes_words(op.mask, kPack<T>)};
     const Forward<T> a{.x = rows_of(op.x),
-                       .mask = rows_of(op.mask),
                        .out = rows_of(op.out),
-                       .mask_step = op.mask.given ? op.mask.stride[last] : 0,
+                       .mask = mask,
                        .rows = rows,
                        .pieces = {D, take_packs<T>({&op.x, &op.out})}};
-    launch("softmax_forward", softmax_forward_kernel<T>,
-           row_grid<Sum<T>, 1>(T{}, rows, D, rows_together<T>(D)), stream, a);
+    const Grid grid{
+        .blocks = dim3(walking_blocks(ceil_div(rows, together), threads * together)),
+        .threads = dim3(threads, together),
+        .shared = sizeof(ExpSumScratch<T, Sum<T>>) + Ring<T>::plan(threads * together, 1).bytes};
+    launch("softmax_forward", softmax_forward_kernel<T>, grid, stream, a);
   });
 }
 

@@ -19,13 +19,26 @@ inline uint16_t f16_bits(float x) {
   return std::bit_cast<uint16_t>(static_cast<_Float16>(x));
 }
 inline float f16_value(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
+inline uint32_t bf16_pair(float first, float second) {
+  return bf16_bits(first) | uint32_t(bf16_bits(second)) << 16;
+}
+inline uint32_t f16_pair(float first, float second) {
+  return f16_bits(first) | uint32_t(f16_bits(second)) << 16;
+}
 inline uint32_t tf32_bits(float x) {  // to nearest, ties away from zero
   const uint32_t bits = __float_as_uint(x);
   if ((bits & 0x7f800000) == 0x7f800000) return bits & 0xffffe000;
   return (bits + 0x1000) & 0xffffe000;
 }
 
-inline int kept(int x) { return x; }
+inline float without_subnormals(float x) { return fabsf(x) < 0x1p-126f ? copysignf(0, x) : x; }
+inline float exp2_approx(float x) { return without_subnormals(exp2f(without_subnormals(x))); }
+inline float rcp_approx(float x) { return without_subnormals(1 / without_subnormals(x)); }
+
+template <class T>
+T kept(T x) {
+  return x;
+}
 
 // ---- stores to global memory
 
