@@ -1,6 +1,7 @@
 """The steps of a run, each a process with a time limit: build, tests, compute-sanitizer, ceilings and timing."""
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 TAIL = 3000  # characters of what a step printed, kept in the JSON
 STALL_SECONDS = 150.0  # without a word from the process that times: one contestant does not take so long
 MOST_RESTARTS = 12
+MOST_TESTERS = 12
 LOST = 3  # exit code of a process whose GPU context is broken, and which has written that down
 TIME_IS_UP = "the time was up"
 GRACE_SECONDS = 15.0  # for the case in progress
@@ -85,12 +87,19 @@ def _error(case: ElementTree.Element) -> bool:
     return case.find("error") is not None
 
 
+def in_parallel() -> list[str]:
+    """pytest's words for several processes, where pytest-xdist is installed: the references take most of the time."""
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(min(MOST_TESTERS, max(1, (os.cpu_count() or 1) * 3 // 4)))]
+
+
 def correctness(limit: float, log: Path) -> dict[str, Any]:
     """All tests marked gpu."""
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", f"--junitxml={report}", *gpu_test_files()]
-    found = command(words, limit, log)
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short", f"--junitxml={report}", *in_parallel()]
+    found = command([*words, *gpu_test_files()], limit, log, OMP_NUM_THREADS="1")
     return counts(report) | found
 
 

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kElementThreads) round_rows(const Copy a) {
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         C value;
-        v[j] *= derivative(a.activation, z[j], &value);
+        v[j] *= derivative<C, T>(a.activation, z[j], &value);
       }
     }
     store(static_cast<T*>(a.to.data) + a.to.offset(row) + first, valid, a.extent.vectors, v);

@@ -35,10 +35,11 @@ struct Epilogue {
       for (int i = 0; i < count; ++i) v[i] += more[i];
     }
     if (pre.data) pre.store(pre_rows.offset(m) + n, valid, vectors, v);
-    if (activation != Activation::none) {
+    if (activation != Activation::none)
+      with_kind(activation, [&](Activation kind) {
 #pragma unroll
-      for (int i = 0; i < count; ++i) v[i] = activate(activation, v[i]);
-    }
+        for (int i = 0; i < count; ++i) v[i] = activate<C, T>(kind, v[i]);
+      });
     if (residual.data) {
       residual.load(residual_rows.offset(m) + n, valid, vectors, more);
 #pragma unroll
