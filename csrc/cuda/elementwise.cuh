@@ -70,7 +70,9 @@ struct Map {
 constexpr int kPacks = 2;  // of a tensor that a thread asks for before it computes
 
 template <class T, int inputs, int outputs, class Function>
-__global__ void __launch_bounds__(kElementThreads, sizeof(T) == 8 ? 1 : 4)
+__global__ void __launch_bounds__(kElementThreads, sizeof(T) == 8 ? 1
+                                                   : inputs < 3   ? 4
+                                                                  : 3)
     elementwise_kernel(const Map<inputs, outputs> a, const Function f) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
