@@ -230,7 +230,10 @@ def test_explain_says_what_would_run_on_cuda():
         assert said == "swiglu: raises, because pykern has no CUDA kernels in this build"
         return
     said = pykern.explain("swiglu", OnCuda())
-    assert said.startswith("swiglu: CUDA kernel swiglu_forward, bfloat16, ") and said.endswith(_C.cuda_status())
+    assert said.startswith("swiglu: CUDA kernel swiglu_forward, bfloat16, verified on an H200; ")
+    assert said.endswith(_C.cuda_status())
+    emulated = "layer_norm: CUDA kernel layer_norm_forward, bfloat16, tested on an emulator, not yet on a GPU; "
+    assert pykern.explain("layer_norm", OnCuda()).startswith(emulated)
     said = pykern.explain("attention_weights", OnCuda())
     assert said == "attention_weights: raises, because pykern has no CUDA kernel for it yet"
     assert pykern.explain("merge_attention", OnCuda()).startswith("merge_attention: torch functions")

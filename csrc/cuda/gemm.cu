@@ -13,7 +13,7 @@ bool aligned(const Matrix& m) {  // rows can be read 16 bytes at a time
 
 template <class T>
 Epilogue<T> epilogue_of(const After& after) {
-  constexpr int kNeighbours = sizeof(T) == 2 ? kChunk : kPlainEach;
+  constexpr int kNeighbours = kPack<T>;
   bool vectors = true;
   for (const Tensor* t : {&after.out, &after.bias, &after.residual, &after.pre})
     vectors = vectors && takes_words(*t, kNeighbours);
@@ -72,10 +72,10 @@ void copy_rows(Tensor from, Tensor pre, Tensor to, Activation activation, Stream
 // A factor whose rows can be read 16 bytes at a time: itself, or a copy of it.
 class Aligned {
  public:
-  Aligned(const Matrix& m, bool wanted, Stream stream)
+  Aligned(const Matrix& m, Stream stream)
       : matrix_(m),
         stride_(ceil_div(m.columns, 8) * 8),
-        memory_(wanted && !aligned(m) ? m.rows * stride_ * item_size(m.dtype) : 0, stream) {
+        memory_(!aligned(m) ? m.rows * stride_ * item_size(m.dtype) : 0, stream) {
     if (!memory_.at<void>()) return;
     const Tensor from = tensor_of(m, {});
     matrix_.data = memory_.at<void>(), matrix_.stride = stride_;
@@ -148,8 +148,7 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
   const int64_t M = a_by_k ? a.rows : a.columns, N = b_by_k ? b.rows : b.columns;
   const int64_t K = a_by_k ? a.columns : a.rows;
   if (M == 0 || N == 0) return;
-  const bool halves = sizeof(T) == 2;
-  const Aligned left(a, halves, stream), right(b, halves, stream);
+  const Aligned left(a, stream), right(b, stream);
   const int64_t length = length_of_parts(layout, M, N, K), parts = K > 0 ? ceil_div(K, length) : 1;
   const Workspace partial(parts > 1 ? parts * M * N * sizeof(Compute<T>) : 0, stream);
   Product<T> product{.a = {left.matrix().data, M, left.matrix().stride},
@@ -172,8 +171,8 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
     else
       start(gemm_halves<T, a_by_k, b_by_k, 128>, kTileRows, 128, 128, sizeof(Stages<T, 128>));
   } else {
-    start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile, kPlainTile, kPlainThreads,
-          sizeof(PlainStage<T>));
+    start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile<T>, kPlainTile<T>, kPlainThreads,
+          sizeof(PlainShared<T>));
   }
   if (parts > 1)
     launch("add_parts", add_parts<T>, element_grid<T>(Extent{M, N, true}), stream, product, parts);

@@ -91,4 +91,20 @@ struct Product {
   }
 };
 
+// Rows of sums in shared memory: all threads of the block finish them, `count` neighbours at a
+// time, with one copy of the epilogue.
+template <int count, class T, int rows, int width>
+__device__ __forceinline__ void finish_rows(const Product<T>& p,
+                                            const Compute<T> (&sums)[rows][width], int columns,
+                                            int64_t m0, int64_t n0) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < rows * (columns / count); i += blockDim.x) {
+    const int row = i / (columns / count), column = i % (columns / count) * count;
+    Compute<T> v[count];
+#pragma unroll
+    for (int j = 0; j < count; ++j) v[j] = sums[row][column + j];
+    p.finish(m0 + row, n0 + column, v);
+  }
+}
+
 }  // namespace pykern::cuda

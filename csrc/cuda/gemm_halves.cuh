@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
     }
   }
 
-  // Through shared memory, so that neighbours of a row are written together, by one copy of the
-  // epilogue: the upper half of the tile, then the lower.
+  // Through shared memory, so that neighbours of a row are written together: the upper half of the
+  // tile, then the lower.
   cp_async_wait<0>();
   auto& sums = reinterpret_cast<Sums<kColumns>&>(stages);
 #pragma unroll 1
@@ -205,14 +205,7 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
                 sum[i][j][r];
     }
     __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kWarpTile * (kColumns / kChunk); i += kThreads) {
-      const int row = i / (kColumns / kChunk), column = i % (kColumns / kChunk) * kChunk;
-      float v[kChunk];
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) v[j] = sums.of[row][column + j];
-      p.finish(m0 + half * kWarpTile + row, n0 + column, v);
-    }
+    finish_rows<kChunk>(p, sums.of, kColumns, m0 + half * kWarpTile, n0);
   }
 }
 
