@@ -25,6 +25,17 @@ class Old(Wrapped):
         return self.array.__dlpack__()
 
 
+class OnCuda(Wrapped):
+    """Says that it is on a GPU, and keeps what it was asked for; its memory is the CPU's."""
+
+    def __dlpack__(self, **options):
+        self.asked = options
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
 class Copying(Wrapped):
     """Hands over a copy, and says so."""
 

@@ -5,11 +5,12 @@ The kernels are activation_forward and swiglu_forward (elementwise) and linear_f
 
 import itertools
 import mmap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dlpack_producers import Copying, Forged, Old, Returning, Wrapped
+from dlpack_producers import Copying, Forged, Old, OnCuda, Returning, Wrapped
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,6 +48,18 @@ def test_other_arrays_cross_through_dlpack(producer):
     assert _C.borrow_path(producer(x)) == "dlpack"
     relu(producer(x), producer(out))
     np.testing.assert_array_equal(out, np.maximum(x, 0))
+
+
+def test_an_array_on_a_gpu_is_asked_for_on_a_stream(monkeypatch):
+    """The default one; of a torch without the exchange API, the one that torch computes on."""
+    array = OnCuda(np.ones(3))
+    assert _C.borrow_path(array) == "dlpack"
+    assert array.asked == {"stream": 1, "max_version": (1, 3)}
+    older = type("Tensor", (OnCuda,), {"__module__": "torch.older", "device": "cuda:0"})(np.ones(3))
+    for stream, asked in ((77, 77), (0, 1)):  # 1: DLPack's number of the default stream
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, s=stream: SimpleNamespace(cuda_stream=s))
+        assert _C.borrow_path(older) == "dlpack"
+        assert older.asked["stream"] == asked
 
 
 def test_forged_capsule_is_read_as_it_says():

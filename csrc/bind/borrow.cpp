@@ -134,14 +134,38 @@ static Tensor from_numpy(const py::array& array, const char* op, const char* nam
   fail(Kind::type, op, ": ", name, " cannot be borrowed: ", reason.substr(0, reason.find('\n')));
 }
 
-static py::object call_dlpack(py::handle array, const char* op, const char* name) {
+// The stream on which a CUDA array without the exchange API is used: for a torch before 2.10 the
+// one that torch computes on, else the default one, which the producer is asked to let wait for
+// itself.
+static void* stream_of(py::handle array) {
+  const auto module = py::str(py::type::handle_of(array).attr("__module__")).cast<std::string>();
+  if (module != "torch" && module.rfind("torch.", 0) != 0) return nullptr;
+  const py::object torch = py::module_::import("torch");
+  const py::object stream = torch.attr("cuda").attr("current_stream")(array.attr("device"));
+  return reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
+}
+
+// array.__dlpack__(), and on CUDA the stream that its memory is ready on.
+static py::object call_dlpack(py::handle array, void** stream, const char* op, const char* name) {
+  const py::int_ kOnCuda(static_cast<int>(dlpack::kCUDA));
+  py::dict options;
   try {
-    return array.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 3));
+    if (py::hasattr(array, "__dlpack_device__")) {
+      const py::object device = array.attr("__dlpack_device__")();
+      if (py::isinstance<py::tuple>(device) && py::int_(device[py::int_(0)]).equal(kOnCuda)) {
+        *stream = stream_of(array);
+        const auto number = reinterpret_cast<uintptr_t>(*stream);
+        options["stream"] = number == 0 ? 1 : number;  // 1: DLPack's number of the default stream
+      }
+    }
+    py::dict newer = options.attr("copy")();
+    newer["max_version"] = py::make_tuple(1, 3);
+    return array.attr("__dlpack__")(**newer);
   } catch (py::error_already_set& error) {
     if (!error.matches(PyExc_TypeError)) fail_to_borrow(error, op, name);
   }
   try {
-    return array.attr("__dlpack__")();  // a producer older than DLPack 1.0
+    return array.attr("__dlpack__")(**options);  // a producer older than DLPack 1.0
   } catch (py::error_already_set& error) {
     fail_to_borrow(error, op, name);
   }
@@ -170,7 +194,8 @@ Borrowed::Borrowed(py::handle array, const char* op, const char* name) {
     tensor_ = from_numpy(py::reinterpret_borrow<py::array>(array), op, name);
     path_ = "numpy";
   } else if (py::hasattr(array, "__dlpack__")) {
-    capsule_ = call_dlpack(array, op, name);
+    void* stream = nullptr;
+    capsule_ = call_dlpack(array, &stream, op, name);
     PyObject* c = capsule_.ptr();  // never renamed: its own destructor releases the memory
     if (PyCapsule_IsValid(c, "dltensor_versioned")) {
       const auto* m =
@@ -184,6 +209,7 @@ Borrowed::Borrowed(py::handle array, const char* op, const char* name) {
     } else {
       fail(Kind::type, op, ": ", name, ".__dlpack__() returned no DLPack capsule");
     }
+    if (tensor_.device == Device::cuda) tensor_.stream = stream;
     path_ = "dlpack";
   } else {
     fail(Kind::type, op, ": ", name, " must be an array, got ",
