@@ -195,6 +195,7 @@ def train_step(
         raise FloatingPointError(f"train_icl: the loss is {loss.item()} at step {step + 1}: try a lower lr")
     loss.backward()
     optimizer.step()
+    optimizer.finite_norm()  # on a GPU the step does not raise itself
     return loss.item()
 
 

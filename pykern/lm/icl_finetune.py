@@ -32,6 +32,7 @@ def learn(model: Transformer, x: Tensor, y: Tensor, steps: int, lr: float) -> No
             raise FloatingPointError(f"finetune: the loss is {loss.item()}: try a lower lr")
         loss.backward()
         optimizer.step()
+        optimizer.finite_norm()  # on a GPU the step does not raise itself
 
 
 def finetune(
