@@ -128,6 +128,15 @@ def test_import_is_lazy():
     ]
 
 
+def test_the_first_call_imports_no_compiler():
+    """torch._dynamo and what it imports take seconds; torch.nn.attention.bias would import it."""
+    run = python(
+        "import sys, torch; a = set(sys.modules); import pykern; pykern.relu(torch.ones(3)); b = set(sys.modules);"
+        "print(sorted((b - a) & {'torch._dynamo', 'sympy', 'torch.nn.attention.bias'}))"
+    )
+    assert run.stdout == "[]\n", run.stderr
+
+
 def test_every_public_name_resolves():
     run = python("import pykern; [getattr(pykern, name) for name in pykern._NAMES]; print(pykern.gelu.__module__)")
     assert run.stdout == "pykern.ops.activation\n", run.stderr

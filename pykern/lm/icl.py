@@ -22,6 +22,7 @@ from pykern.lm.model import Transformer
 from pykern.lm.options import TrainOptions
 from pykern.lm.tokenizer import Tokenizer
 from pykern.lm.trainer import make_model, make_optimizer
+from pykern.optim import AdamW
 
 SHOTS = (0, 1, 2, 4, 8)
 EXAMPLES = 16  # in a training row: a block is twice as long
@@ -174,7 +175,7 @@ def make_icl_model(tasks: MappingTasks, options: TrainOptions, **shape: Any) -> 
 
 def train_step(
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     ids: Tensor,
     tasks: MappingTasks,
     options: TrainOptions,

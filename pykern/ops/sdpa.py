@@ -1,15 +1,21 @@
 """scaled_dot_product_attention with the arguments, the broadcasting and the causal corner of torch.nn.functional's."""
 
 import math
+import sys
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from pykern.ops._library import autocast, require_tensors
 from pykern.ops.attention import attention
 
 OP = "scaled_dot_product_attention"
+
+
+def _bias_module() -> Any:
+    """torch.nn.attention.bias where somebody has imported it, and may have a CausalBias: its import takes seconds."""
+    return sys.modules.get("torch.nn.attention.bias")
 
 
 def called_as(op: str, function, *args, **kwargs):
@@ -110,7 +116,7 @@ def _float_mask(mask: Tensor, q: Tensor) -> Tensor:
     return mask.to(q.dtype) if q.dtype == torch.float64 else mask
 
 
-def _triangle(bias: CausalBias, query: Tensor, key: Tensor) -> tuple[bool, bool]:
+def _triangle(bias: Any, query: Tensor, key: Tensor) -> tuple[bool, bool]:
     """(upper left, lower right): the corner of the triangle that bias stands for."""
     sizes = [bias.seq_len_q, bias.seq_len_kv]
     if query.dim() > 1 and key.dim() > 1 and [query.shape[-2], key.shape[-2]] != sizes:
@@ -118,7 +124,7 @@ def _triangle(bias: CausalBias, query: Tensor, key: Tensor) -> tuple[bool, bool]
             f"{OP}: attn_mask is a CausalBias of {sizes[0]} queries and {sizes[1]} keys, but there are "
             f"{query.shape[-2]} and {key.shape[-2]}"
         )
-    lower_right = bias.variant == CausalVariant.LOWER_RIGHT
+    lower_right = bias.variant == _bias_module().CausalVariant.LOWER_RIGHT
     return not lower_right, lower_right
 
 
@@ -151,7 +157,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None and is_causal:
         raise RuntimeError(f"{OP}: Explicit attn_mask should not be set when is_causal=True")
     lower_right = False
-    if isinstance(attn_mask, CausalBias):
+    if _bias_module() is not None and isinstance(attn_mask, _bias_module().CausalBias):
         is_causal, lower_right, attn_mask = *_triangle(attn_mask, query, key), None
     if attn_mask is not None:
         require_tensors(OP, attn_mask=attn_mask)
