@@ -6,8 +6,9 @@
 
 namespace pykern::cuda {
 
-constexpr int kRingSteps = 4;            // 2 where 4 would not fit
-constexpr size_t kRingBytes = 96 << 10;  // what a block may have on every GPU from sm_80 on
+constexpr int kRingSteps = 4;                  // 2 where 4 would not fit
+constexpr size_t kRingBytes = 96 << 10;        // what a block may have on every GPU from sm_80 on
+constexpr size_t kProcessorBytes = 216 << 10;  // what the blocks of a processor have together
 
 // `streams` rows at a time, kHeld packs of each for every thread of a block.
 template <class T>
@@ -18,9 +19,10 @@ class Ring {
     int packs;  // of a step and stream
     size_t bytes;
   };
-  static Plan plan(int threads, int streams) {
-    const size_t step = size_t(streams) * kHeld * threads * 16;
-    const int steps = kRingSteps * step <= kRingBytes ? kRingSteps : 2;
+  // blocks: as many as shall run on a processor together
+  static Plan plan(int threads, int streams, int blocks = 1) {
+    const size_t step = size_t(streams) * kHeld * threads * 16, all = kRingSteps * step;
+    const int steps = all <= kRingBytes && all * blocks <= kProcessorBytes ? kRingSteps : 2;
     return {steps, streams, kHeld * threads, steps * step};
   }
 
