@@ -15,6 +15,7 @@ struct Forward {
   int64_t rows;
   Pieces<T> pieces;
   typename Ring<T>::Plan ring;
+  bool plain;  // weight and, if centred, bias are there, and of the type of x as out is
 };
 
 template <class C>
@@ -66,9 +67,10 @@ __global__ void __launch_bounds__(kRowThreads, whole ? 2 : 1) norm_forward(const
     const int64_t row = walk.row(step);
     if (row < a.rows) {
       const T *x = at<const T>(a.x, row), *more = adds ? at<const T>(a.residual, row) : x;
+      T *const to = ring.packs(step, 0), *const more_to = ring.packs(step, 1);
       a.pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
-        ring.fetch(step, 0, p, x + first, valid, vectors);
-        if (adds) ring.fetch(step, 1, p, more + first, valid, vectors);
+        ring.fetch_to(to, p, x + first, valid, vectors);
+        if (adds) ring.fetch_to(more_to, p, more + first, valid, vectors);
       });
     }
     ring.commit();
@@ -83,13 +85,14 @@ __global__ void __launch_bounds__(kRowThreads, whole ? 2 : 1) norm_forward(const
     ring.wait();
 
     C h[kHeld][W];
+    const T *const packs = ring.packs(step, 0), *const more_packs = ring.packs(step, 1);
     const auto first_sum = [&] {
       C total = 0;
       pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
-        ring.get(step, 0, p, h[p]);
+        ring.get_from(packs, p, h[p]);
         if (adds) {
           C more[W];
-          ring.get(step, 1, p, more);
+          ring.get_from(more_packs, p, more);
 #pragma unroll
           for (int j = 0; j < W; ++j) h[p][j] = widen(narrow<T>(h[p][j] + more[j]));
           store(at<T>(a.sum, row) + first, valid, vectors, h[p]);
@@ -120,14 +123,28 @@ __global__ void __launch_bounds__(kRowThreads, whole ? 2 : 1) norm_forward(const
     }
     const C rstd = found.rstd, offset = -found.shift * rstd;
     const int64_t out = a.out.offset(row);
-    pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
-      C y[W], w[W], b[W];
-      parameters(a.weight, C(1), first, valid, vectors, w);
-      parameters(a.bias, C(0), first, valid, vectors, b);
+    const auto finish = [&](int p, const C(&w)[W], const C(&b)[W], C(&y)[W]) {
 #pragma unroll
       for (int j = 0; j < W; ++j) y[j] = fma(fma(h[p][j], rstd, offset), w[j], b[j]);
-      a.out_numbers.store(out + first, valid, vectors, y);
-    });
+    };
+    if (whole && a.plain) {
+      T* y_row = static_cast<T*>(a.out.data) + out;
+      pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        C y[W], w[W], b[W] = {};
+        load(static_cast<const T*>(a.weight.data) + first, valid, vectors, w);
+        if constexpr (centred) load(static_cast<const T*>(a.bias.data) + first, valid, vectors, b);
+        finish(p, w, b, y);
+        store(y_row + first, valid, vectors, y);
+      });
+    } else {
+      pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        C y[W], w[W], b[W];
+        parameters(a.weight, C(1), first, valid, vectors, w);
+        parameters(a.bias, C(0), first, valid, vectors, b);
+        finish(p, w, b, y);
+        a.out_numbers.store(out + first, valid, vectors, y);
+      });
+    }
   }
   cp_async_wait<0>();
 }
@@ -224,7 +241,9 @@ void forward(const NormForward& op, Stream stream) {
                        .eps = static_cast<Compute<T>>(op.eps),
                        .rows = rows,
                        .pieces = {D, vectors},
-                       .ring = ring};
+                       .ring = ring,
+                       .plain = is_plain<T>(op.weight) && is_plain<T>(op.out) &&
+                                (!centred || is_plain<T>(op.bias))};
     Grid grid{.blocks = {},
               .threads = dim3(threads, together),
               .shared = sizeof(RowScratch<Compute<T>, 2>)};

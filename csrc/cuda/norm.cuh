@@ -23,6 +23,11 @@ class Walk {
   unsigned first_, stride_;  // half the registers
 };
 
+template <class T>
+bool is_plain(const Tensor& t) {
+  return t.given && t.dtype == kDType<T>;
+}
+
 // weight or bias beside a pack, in the cache since the first row: registers are scarcer.
 template <class T, int n>
 __device__ __forceinline__ void parameters(const Numbers<T>& numbers, Compute<T> absent, int first,

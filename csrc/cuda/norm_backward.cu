@@ -60,9 +60,10 @@ __global__ void __launch_bounds__(threads, whole ? resident(threads) : 1)
       const T* h = at<const T>(a.h, row);
       const T* dout = in_ring ? at<const T>(a.dout, row) : h;
       const T* dsum = adds ? at<const T>(a.dsum, row) : h;
+      T *const h_to = ring.packs(step, 0), *const dout_to = ring.packs(step, 1);
       a.pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
-        ring.fetch(step, 0, p, h + first, valid, vectors);
-        if (in_ring) ring.fetch(step, 1, p, dout + first, valid, vectors);
+        ring.fetch_to(h_to, p, h + first, valid, vectors);
+        if (in_ring) ring.fetch_to(dout_to, p, dout + first, valid, vectors);
         if (adds) ring.fetch(step, 2, p, dsum + first, valid, vectors);
       });
     }

@@ -25,6 +25,7 @@ __device__ __forceinline__ C added(const C (&x)[n]) {  // in pairs
 
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxWarps = 32;  // of a block
+constexpr int kRowWarps = 16;  // of a row of it
 
 struct Add {
   static constexpr float kNothing = 0.0f;
@@ -60,8 +61,7 @@ struct RowScratch {
 
 // Reductions over the threads of a row of the block (those of one threadIdx.y), in an order that
 // their number fixes. Two sets of scratch take turns, so that a barrier each is enough: whoever
-// writes a set again has met all others since they read it. All threads of the block call; a row
-// has one warp or an even number.
+// writes a set again has met all others since they read it. All threads of the block call.
 template <class C, int n>
 class AcrossRow {
  public:
@@ -81,26 +81,27 @@ class AcrossRow {
     }
     own = across_lanes<kLanes>(own, join);
     if (warps == 1) {
-      x[0] = own;
-      if constexpr (m == 2)
-        x[0] = __shfl_sync(kAllLanes, own, 0), x[1] = __shfl_sync(kAllLanes, own, kLanes);
+      to_all(own, x);
       return;
     }
     auto* partial = scratch_.partial[turn_] + threadIdx.y * warps;
     turn_ ^= 1;
     if (lane % kLanes == 0) partial[warp].of[lane / kLanes] = own;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < m; ++i) x[i] = C(Join::kNothing);
-#pragma unroll 2
-    for (int w = 0; w < warps; w += 2) {
-      const auto one = partial[w], other = partial[w + 1];
-#pragma unroll
-      for (int i = 0; i < m; ++i) x[i] = join(x[i], join(one.of[i], other.of[i]));
-    }
+    const int from = lane % kRowWarps;
+    own = from < warps ? partial[from].of[lane / kLanes] : C(Join::kNothing);
+    own = across_lanes<kRowWarps>(own, join);
+    to_all(own, x);
   }
 
  private:
+  template <int m>
+  __device__ __forceinline__ void to_all(C own, C (&x)[m]) const {
+    x[0] = own;
+    if constexpr (m == 2)
+      x[0] = __shfl_sync(kAllLanes, own, 0), x[1] = __shfl_sync(kAllLanes, own, kWarp / 2);
+  }
+
   RowScratch<C, n>& scratch_;
   int turn_ = 0;
 };
