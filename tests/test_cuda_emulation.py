@@ -99,13 +99,13 @@ def test_memory_outside_is_not_touched_unseen(faults):
 # A __syncwarp beside a shuffle or a vote is not seen: on the emulator these bring the warp together themselves.
 BARRIERS = re.compile(r"__syncthreads\(\);")
 WRONG = {  # file: (what stands there, what is put in its place)
-    "norm.cu": [("(h[p][j] - mean) * rstd * weight", "h[p][j] * rstd * weight")],
+    "norm.cu": [("fma(h[p][j], rstd, offset), w[j]", "fma(h[p][j], rstd, offset), 1")],
     "norm_backward.cu": [
-        ("add(D + first, dbias[p])", "add(first, dbias[p])"),
-        ("weight[p][j] - mean_g", "weight[p][j]"),
+        ("add(a.pieces.D + first, dbias[p])", "add(first, dbias[p])"),
+        ("w[j]) - mean_g", "w[j])"),
     ],
     "pieces.cuh": [("threadIdx.x % kWarp) * kPack", "threadIdx.x % kWarp + 1) * kPack")],
-    "reduce.cuh": [("step = kWarp / 2", "step = kWarp / 4")],
+    "reduce.cuh": [("step = lanes / 2", "step = lanes / 4")],
     "sort.cuh": [("(1u << lane) - 1", "(2u << lane) - 1"), ("shift += kDigitBits", "shift += 2 * kDigitBits")],
     "embedding.cu": [("a.sorted[begin - 1].key == token", "false")],
 }

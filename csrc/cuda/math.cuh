@@ -12,6 +12,8 @@ __device__ __forceinline__ float complementary_error(float x) { return erfcf(x);
 __device__ __forceinline__ double complementary_error(double x) { return erfc(x); }
 __device__ __forceinline__ float root(float x) { return sqrtf(x); }
 __device__ __forceinline__ double root(double x) { return sqrt(x); }
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+__device__ __forceinline__ double inverse_root(double x) { return 1 / sqrt(x); }
 // a b, rounded: never one operation with an addition that follows
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
@@ -37,6 +39,13 @@ __device__ __forceinline__ Compute<T> reciprocal_for(Compute<T> x) {
     return rcp_approx(x);
   else
     return 1 / x;
+}
+
+// x / n
+template <class T>
+__device__ __forceinline__ Compute<T> quotient_for(Compute<T> x, Compute<T> n,
+                                                   Compute<T> inverse_n) {
+  return kHalf<T> ? x * inverse_n : x / n;
 }
 
 }  // namespace pykern::cuda

@@ -1,7 +1,6 @@
 // layer_norm and rms_norm: a row of a block's threads holds a row in registers while it fits.
 //   out = xhat weight + bias,  xhat = (h - mean) rstd     (rms: mean = 0, no bias)
-#include "cuda/math.cuh"
-#include "cuda/ring.cuh"
+#include "cuda/norm.cuh"
 #include "ops/norm.h"
 
 namespace pykern::cuda {
@@ -16,39 +15,33 @@ struct Forward {
   int64_t rows;
   Pieces<T> pieces;
   typename Ring<T>::Plan ring;
+  bool plain;  // weight and, if centred, bias are there, and of the type of x as out is
 };
 
-template <class T>
-__device__ __forceinline__ T* at(const Rows& rows, int64_t row) {
-  return static_cast<T*>(rows.data) + rows.offset(row);
-}
+template <class C>
+struct Statistics {
+  C guess, shift, rstd;  // the mean is guess + shift
+};
 
-// The statistics of n numbers. each(term): calls term(h, total) for all of this thread.
-template <bool centred, class C, class Across, class Each>
-__device__ __forceinline__ void statistics(C n, C eps, Across& across_row, const Each& each,
-                                           C* mean, C* rstd) {
-  C total[2] = {}, variance;
-  if constexpr (centred) {  // the second pass corrects the rounding of the first mean
-    each([&](C v) { total[0] += v; });
-    across_row(total, Add());
-    const C guess = total[0] / n;
-    C rest[2] = {};
-    each([&](C v) {
-      rest[0] += v - guess;
-      rest[1] += (v - guess) * (v - guess);
-    });
-    across_row(rest, Add());
-    const C shift = rest[0] / n;
-    *mean = guess + shift;
-    variance = rest[1] / n - shift * shift;
-    variance = variance < 0 ? C(0) : variance;
+// Of n numbers. first(): this thread's sum of h, or of h^2 if rows are not centred; rest(guess,
+// sums): its sums of h - guess and of (h - guess)^2, which correct the first rounding.
+template <class T, bool centred, class C, class First, class Rest>
+__device__ __forceinline__ Statistics<C> statistics(C n, C inverse_n, C eps,
+                                                    AcrossRow<C, 2>& across_row, const First& first,
+                                                    const Rest& rest) {
+  C total[1] = {first()};
+  across_row(total, Add());
+  const C guess = quotient_for<T>(total[0], n, inverse_n);
+  if constexpr (centred) {
+    C sums[2] = {};
+    rest(guess, sums);
+    across_row(sums, Add());
+    const C shift = sums[0] * inverse_n;
+    const C variance = fma(-shift, shift, quotient_for<T>(sums[1], n, inverse_n));
+    return {guess, shift, inverse_root((variance < 0 ? C(0) : variance) + eps)};
   } else {
-    each([&](C v) { total[0] += v * v; });
-    across_row(total, Add());
-    *mean = 0;
-    variance = total[0] / n;
+    return {0, 0, inverse_root(guess + eps)};
   }
-  *rstd = 1 / root(variance + eps);
 }
 
 // ---- rows that fit into registers
@@ -59,71 +52,99 @@ struct ForwardShared {
   alignas(16) T ring[];  // of x and, if it is added, residual
 };
 
-template <class T, bool centred>
-__global__ void __launch_bounds__(kRowThreads, 1) norm_forward(const Forward<T> a) {
+template <class T, bool centred, bool whole>
+__global__ void __launch_bounds__(kRowThreads, whole ? 2 : 1) norm_forward(const Forward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
   auto& shared = shared_memory<ForwardShared<T>>();
   AcrossRow across_row(shared.sums);
   const Ring<T> ring(shared.ring, a.ring);
-  const bool adds = a.residual.data != nullptr, vectors = a.pieces.vectors;
-  const int64_t together = blockDim.y, stride = gridDim.x * together;
-  const C n = static_cast<C>(a.pieces.D > 0 ? a.pieces.D : 1);
+  const bool adds = a.residual.data != nullptr;
+  const Walk walk;
+  const C n = static_cast<C>(a.pieces.D > 0 ? a.pieces.D : 1), inverse_n = 1 / n;
 
   const auto start = [&](unsigned step) {
-    const int64_t row = blockIdx.x * together + threadIdx.y + step * stride;
-    if (row < a.rows)
-      a.pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-        ring.fetch(step, 0, p, at<const T>(a.x, row) + first, valid, vectors);
-        if (adds) ring.fetch(step, 1, p, at<const T>(a.residual, row) + first, valid, vectors);
+    const int64_t row = walk.row(step);
+    if (row < a.rows) {
+      const T *x = at<const T>(a.x, row), *more = adds ? at<const T>(a.residual, row) : x;
+      T *const to = ring.packs(step, 0), *const more_to = ring.packs(step, 1);
+      a.pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        ring.fetch_to(to, p, x + first, valid, vectors);
+        if (adds) ring.fetch_to(more_to, p, more + first, valid, vectors);
       });
+    }
     ring.commit();
   };
-  C weight[kHeld][W], bias[kHeld][W];
-  a.pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-#pragma unroll
-    for (int j = 0; j < W; ++j) weight[p][j] = 1, bias[p][j] = 0;
-    if (a.weight.data) a.weight.load(first, valid, vectors, weight[p]);
-    if (a.bias.data) a.bias.load(first, valid, vectors, bias[p]);
-  });
   for (int step = 0; step < ring.steps() - 1; ++step) start(step);
 
-  unsigned step = 0;
-  for (int64_t begin = blockIdx.x * together; begin < a.rows; begin += stride, ++step) {
-    const int64_t row = begin + threadIdx.y;
+  for (unsigned step = 0; walk.row(step) - threadIdx.y < a.rows; ++step) {
+    const int64_t row = walk.row(step);
     const bool there = row < a.rows;
     const Pieces<T> pieces = a.pieces.where(there);
     start(step + ring.steps() - 1);
     ring.wait();
 
-    C h[kHeld][W], mean, rstd;
-    pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-      ring.get(step, 0, p, h[p]);
-      if (!adds) return;
-      C more[W];
-      ring.get(step, 1, p, more);
+    C h[kHeld][W];
+    const T *const packs = ring.packs(step, 0), *const more_packs = ring.packs(step, 1);
+    const auto first_sum = [&] {
+      C total = 0;
+      pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        ring.get_from(packs, p, h[p]);
+        if (adds) {
+          C more[W];
+          ring.get_from(more_packs, p, more);
 #pragma unroll
-      for (int j = 0; j < W; ++j) h[p][j] = widen(narrow<T>(h[p][j] + more[j]));
-      store(at<T>(a.sum, row) + first, valid, vectors, h[p]);
-    });
-    const auto each = [&](const auto& term) {
-      pieces.each_pack(0, [&](int p, int64_t, int64_t valid) {
+          for (int j = 0; j < W; ++j) h[p][j] = widen(narrow<T>(h[p][j] + more[j]));
+          store(at<T>(a.sum, row) + first, valid, vectors, h[p]);
+        }
+        if constexpr (centred) {
+          total += added(h[p]);
+        } else {
 #pragma unroll
-        for (int j = 0; j < W; ++j)
-          if (j < valid) term(h[p][j]);
+          for (int j = 0; j < W; ++j) total = fma(h[p][j], h[p][j], total);
+        }
+      });
+      return total;
+    };
+    const auto centre = [&](C guess, C(&sums)[2]) {
+      pieces.template each_held<whole>([&](int p, int, int valid, bool) {
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          h[p][j] = j < valid ? h[p][j] - guess : C(0);
+          sums[1] = fma(h[p][j], h[p][j], sums[1]);
+        }
+        sums[0] += added(h[p]);
       });
     };
-    statistics<centred>(n, a.eps, across_row, each, &mean, &rstd);
+    const auto found = statistics<T, centred>(n, inverse_n, a.eps, across_row, first_sum, centre);
     if (threadIdx.x == 0 && there) {
-      if constexpr (centred) a.mean[row] = mean;
-      a.rstd[row] = rstd;
+      if constexpr (centred) a.mean[row] = found.guess + found.shift;
+      a.rstd[row] = found.rstd;
     }
-    pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-      C y[W];
+    const C rstd = found.rstd, offset = -found.shift * rstd;
+    const int64_t out = a.out.offset(row);
+    const auto finish = [&](int p, const C(&w)[W], const C(&b)[W], C(&y)[W]) {
 #pragma unroll
-      for (int j = 0; j < W; ++j) y[j] = (h[p][j] - mean) * rstd * weight[p][j] + bias[p][j];
-      a.out_numbers.store(a.out.offset(row) + first, valid, vectors, y);
-    });
+      for (int j = 0; j < W; ++j) y[j] = fma(fma(h[p][j], rstd, offset), w[j], b[j]);
+    };
+    if (whole && a.plain) {
+      T* y_row = static_cast<T*>(a.out.data) + out;
+      pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        C y[W], w[W], b[W] = {};
+        load(static_cast<const T*>(a.weight.data) + first, valid, vectors, w);
+        if constexpr (centred) load(static_cast<const T*>(a.bias.data) + first, valid, vectors, b);
+        finish(p, w, b, y);
+        store(y_row + first, valid, vectors, y);
+      });
+    } else {
+      pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        C y[W], w[W], b[W];
+        parameters(a.weight, C(1), first, valid, vectors, w);
+        parameters(a.bias, C(0), first, valid, vectors, b);
+        finish(p, w, b, y);
+        a.out_numbers.store(out + first, valid, vectors, y);
+      });
+    }
   }
   cp_async_wait<0>();
 }
@@ -162,8 +183,20 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_forward_long(const Forwar
           if (j < valid) term(v[j]);
       });
     };
-    C mean, rstd;
-    statistics<centred>(static_cast<C>(pieces.D), a.eps, across_row, each, &mean, &rstd);
+    const auto first_sum = [&] {
+      C total = 0;
+      each([&](C v) { total += centred ? v : v * v; });
+      return total;
+    };
+    const auto centre = [&](C guess, C(&sums)[2]) {
+      each([&](C v) {
+        sums[0] += v - guess;
+        sums[1] += (v - guess) * (v - guess);
+      });
+    };
+    const C n = static_cast<C>(pieces.D);
+    const auto found = statistics<T, centred>(n, 1 / n, a.eps, across_row, first_sum, centre);
+    const C mean = found.guess + found.shift, rstd = found.rstd;
     if (threadIdx.x == 0) {
       if constexpr (centred) a.mean[row] = mean;
       a.rstd[row] = rstd;
@@ -194,7 +227,8 @@ void forward(const NormForward& op, Stream stream) {
         take_packs<T>({&op.x, &op.weight, &op.bias, &op.residual, &op.out, &op.sum});
     const int threads = row_threads<T>(D), together = rows_together<T>(D);
     const bool held = threads * kHeld * kPack<T> >= D;
-    const auto ring = Ring<T>::plan(threads * together, op.residual.given ? 2 : 1);
+    const int blocks = 2 * kRowThreads / (threads * together);  // of a processor
+    const auto ring = Ring<T>::plan(threads * together, op.residual.given ? 2 : 1, blocks);
     const Forward<T> a{.x = rows_of(op.x),
                        .residual = rows_of(op.residual),
                        .out = rows_of(op.out),
@@ -207,14 +241,19 @@ void forward(const NormForward& op, Stream stream) {
                        .eps = static_cast<Compute<T>>(op.eps),
                        .rows = rows,
                        .pieces = {D, vectors},
-                       .ring = ring};
+                       .ring = ring,
+                       .plain = is_plain<T>(op.weight) && is_plain<T>(op.out) &&
+                                (!centred || is_plain<T>(op.bias))};
     Grid grid{.blocks = {},
               .threads = dim3(threads, together),
               .shared = sizeof(RowScratch<Compute<T>, 2>)};
     if (held) {
-      grid.blocks = dim3(walking_blocks(ceil_div(rows, together)));
+      grid.blocks = dim3(walking_blocks(ceil_div(rows, together), threads * together));
       grid.shared += ring.bytes;
-      launch("norm_forward", norm_forward<T, centred>, grid, stream, a);
+      launch("norm_forward",
+             vectors && D % kPack<T> == 0 ? norm_forward<T, centred, true>
+                                          : norm_forward<T, centred, false>,
+             grid, stream, a);
     } else {
       grid.blocks = dim3(rows < kMaxBlocks ? rows : kMaxBlocks);
       launch("norm_forward", norm_forward_long<T, centred>, grid, stream, a);

@@ -5,14 +5,13 @@
 // dbias in registers; a second kernel adds the shares in their order. How many shares there are
 // depends on the shape alone, so every GPU gives the same bits.
 #include "cuda/columns.cuh"
-#include "cuda/math.cuh"
-#include "cuda/ring.cuh"
+#include "cuda/norm.cuh"
 #include "ops/norm.h"
 
 namespace pykern::cuda {
 namespace {
 
-constexpr int64_t kShares = 264;   // of dweight and dbias: two blocks for each of 132 processors
+constexpr int64_t kShares = 396;   // of dweight and dbias: three blocks for each of 132 processors
 constexpr int64_t kLeastRows = 8;  // of a share: writing it stays cheap beside reading the rows
 
 template <class T>
@@ -33,98 +32,101 @@ struct Backward {
 
 // ---- rows that fit into registers
 
+constexpr int resident(int threads) { return threads <= kBlockThreads ? 3 : 1; }  // blocks
+
 template <class T>
 struct BackwardShared {
   RowScratch<Compute<T>, 2> sums;
-  alignas(16) T ring[];  // of h and dout; in the end sums of columns
+  alignas(16) T ring[];  // of h, dout and, if it is added, dsum; in the end sums of columns
 };
 
-template <class T, bool centred>
-__global__ void __launch_bounds__(kRowThreads, 1) norm_backward(const Backward<T> a) {
+// whole: all packs are whole and aligned, and dout beside a half type is of that type.
+template <class T, bool centred, bool whole, int threads>
+__global__ void __launch_bounds__(threads, whole ? resident(threads) : 1)
+    norm_backward(const Backward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
   auto& shared = shared_memory<BackwardShared<T>>();
   AcrossRow across_row(shared.sums);
   const Ring<T> ring(shared.ring, a.ring);
-  const bool vectors = a.pieces.vectors;
+  const bool adds = a.dsum.data != nullptr, in_ring = (whole && kHalf<T>) || a.dout_in_ring;
   const int together = blockDim.y;
-  const int64_t D = a.pieces.D, stride = int64_t(gridDim.x) * together;
-  const int64_t first_row = blockIdx.x * int64_t(together) + threadIdx.y;
-  const C n = static_cast<C>(D);
+  const Walk walk;
+  const C n = static_cast<C>(a.pieces.D), inverse_n = 1 / n;
 
   const auto start = [&](unsigned step) {
-    const int64_t row = first_row + step * stride;
-    if (row < a.rows)
-      a.pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-        ring.fetch(step, 0, p, static_cast<const T*>(a.h.data) + a.h.offset(row) + first, valid,
-                   vectors);
-        if (a.dout_in_ring)
-          ring.fetch(step, 1, p, static_cast<const T*>(a.dout.data) + a.dout.offset(row) + first,
-                     valid, vectors);
+    const int64_t row = walk.row(step);
+    if (row < a.rows) {
+      const T* h = at<const T>(a.h, row);
+      const T* dout = in_ring ? at<const T>(a.dout, row) : h;
+      const T* dsum = adds ? at<const T>(a.dsum, row) : h;
+      T *const h_to = ring.packs(step, 0), *const dout_to = ring.packs(step, 1);
+      a.pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+        ring.fetch_to(h_to, p, h + first, valid, vectors);
+        if (in_ring) ring.fetch_to(dout_to, p, dout + first, valid, vectors);
+        if (adds) ring.fetch(step, 2, p, dsum + first, valid, vectors);
       });
+    }
     ring.commit();
   };
 
-  C weight[kHeld][W], dweight[kHeld][W] = {}, dbias[kHeld][W] = {};
-  a.pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-#pragma unroll
-    for (int j = 0; j < W; ++j) weight[p][j] = 1;
-    if (a.weight.data) a.weight.load(first, valid, vectors, weight[p]);
-  });
+  C dweight[kHeld][W] = {}, dbias[kHeld][W] = {};
   C mean = 0, rstd = 0;  // of the next row
-  const auto read_statistics = [&](int64_t row) {
-    if (row >= a.rows) return;
-    if constexpr (centred) mean = a.mean[row];
-    rstd = a.rstd[row];
+  const auto read_statistics = [&](int64_t of) {
+    if (of >= a.rows) return;
+    if constexpr (centred) mean = a.mean[of];
+    rstd = a.rstd[of];
   };
-  read_statistics(first_row);
+  read_statistics(walk.row(0));
   for (int step = 0; step < ring.steps() - 1; ++step) start(step);
 
-  unsigned step = 0;
-  for (int64_t row = first_row; row - threadIdx.y < a.rows; row += stride, ++step) {
-    const bool there = row < a.rows;
-    const Pieces<T> pieces = a.pieces.where(there);
+  for (unsigned step = 0; walk.row(step) - threadIdx.y < a.rows; ++step) {
+    const int64_t row = walk.row(step);
+    const Pieces<T> pieces = a.pieces.where(row < a.rows);
     const C centre = mean, scale = rstd;
     start(step + ring.steps() - 1);
     ring.wait();
-    read_statistics(row + stride);
+    read_statistics(walk.row(step + 1));
 
-    const auto get_dout = [&](int p, int64_t first, int64_t valid, C(&v)[W]) {  // 0 behind the row
-      if (a.dout_in_ring)
-        ring.get(step, 1, p, v);
+    const int64_t apart = in_ring ? 0 : a.dout.offset(row);
+    const auto get = [&](int p, int first, int valid, bool vectors, C(&h)[W], C(&dy)[W], C(&w)[W]) {
+      parameters(a.weight, C(1), first, valid, vectors, w);
+      if (in_ring)
+        ring.get(step, 1, p, dy);
       else
-        a.dout_numbers.load(a.dout.offset(row) + first, valid, vectors, v);
+        a.dout_numbers.load(apart + first, valid, vectors, dy);
+      ring.get(step, 0, p, h);
     };
-    C total[2] = {};  // of g and of g xhat
-    Pack<T, W> dsum[kHeld] = {};
-    pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-      C xhat[W], dy[W];
-      ring.get(step, 0, p, xhat);
-      get_dout(p, first, valid, dy);
-      if (a.dsum.data)
-        read(static_cast<const T*>(a.dsum.data) + a.dsum.offset(row) + first, valid, vectors,
-             dsum[p]);
+    C total[centred ? 2 : 1] = {};  // of g xhat and of g
+    pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+      C h[W], dy[W], w[W];  // dy is 0 behind the row
+      get(p, first, valid, vectors, h, dy, w);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        xhat[j] = (xhat[j] - centre) * scale;
-        const C g = dy[j] * weight[p][j];
-        total[0] += g;
-        total[1] += g * xhat[j];
-        dweight[p][j] += dy[j] * xhat[j];
+        const C term = dy[j] * ((h[j] - centre) * scale);
+        dweight[p][j] += term;
         dbias[p][j] += dy[j];
+        total[0] = fma(term, w[j], total[0]);
+        if constexpr (centred) total[1] = fma(dy[j], w[j], total[1]);
       }
     });
     across_row(total, Add());
-    const C mean_g = centred ? total[0] / n : C(0), mean_gx = total[1] / n;
-    pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
-      C h[W], dx[W];
-      ring.get(step, 0, p, h);  // again: cheaper than registers
-      get_dout(p, first, valid, dx);
+    const C mean_gx = quotient_for<T>(total[0], n, inverse_n), slope = -mean_gx * scale;
+    const C mean_g = centred ? quotient_for<T>(total[centred], n, inverse_n) : C(0);
+    T* dh = at<T>(a.dh, row);
+    pieces.template each_held<whole>([&](int p, int first, int valid, bool vectors) {
+      C h[W], dx[W], w[W];  // again: cheaper than registers
+      get(p, first, valid, vectors, h, dx, w);
 #pragma unroll
       for (int j = 0; j < W; ++j)
-        dx[j] = (dx[j] * weight[p][j] - mean_g - (h[j] - centre) * scale * mean_gx) * scale +
-                widen(dsum[p].of[j]);
-      store(static_cast<T*>(a.dh.data) + a.dh.offset(row) + first, valid, vectors, dx);
+        dx[j] = fma(h[j] - centre, slope, product(dx[j], w[j]) - mean_g) * scale;
+      if (adds) {
+        C more[W];
+        ring.get(step, 2, p, more);
+#pragma unroll
+        for (int j = 0; j < W; ++j) dx[j] += more[j];
+      }
+      store(dh + first, valid, vectors, dx);
     });
   }
   cp_async_wait<0>();
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_backward(const Backward<T
   for (int turn = 0; turn < together; ++turn) {
     __syncthreads();
     if (static_cast<int>(threadIdx.y) != turn) continue;
-    a.pieces.each_pack(0, [&](int p, int64_t first, int64_t valid) {
+    a.pieces.template each_held<whole>([&](int p, int first, int valid, bool) {
       const auto add = [&](int64_t at, C(&sum)[W]) {
 #pragma unroll
         for (int j = 0; j < W; ++j) {
@@ -143,10 +145,10 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_backward(const Backward<T
           if (turn > 0) sum[j] += so_far[at + j];
           if (turn + 1 < together) so_far[at + j] = sum[j];
         }
-        if (turn + 1 == together) store(a.share() + at, valid, D % W == 0, sum);
+        if (turn + 1 == together) store(a.share() + at, valid, whole, sum);
       };
       add(first, dweight[p]);
-      add(D + first, dbias[p]);
+      add(a.pieces.D + first, dbias[p]);
     });
   }
 }
@@ -218,7 +220,8 @@ void backward(const NormBackward& op, Stream stream) {
     const bool wanted = op.dweight.given || op.dbias.given;
     const int threads = row_threads<T>(D), together = rows_together<T>(D);
     const bool held = threads * kHeld * kPack<T> >= D;
-    const auto ring = Ring<T>::plan(threads * together, 2);
+    const auto ring =
+        Ring<T>::plan(threads * together, op.dsum.given ? 3 : 2, resident(threads * together));
     const int64_t shares = ceil_div(rows, together > kLeastRows ? together : kLeastRows);
     const int64_t blocks = shares < kShares ? shares : kShares;
     const Workspace memory(wanted ? blocks * 2 * D * sizeof(C) : 0, stream);
@@ -241,7 +244,12 @@ void backward(const NormBackward& op, Stream stream) {
               .shared = sizeof(RowScratch<C, 2>)};
     if (blocks > 0 && held) {
       grid.shared += ring.bytes;
-      launch("norm_backward", norm_backward<T, centred>, grid, stream, a);
+      const bool whole = vectors && D % kPack<T> == 0 && (!kHalf<T> || a.dout_in_ring);
+      launch("norm_backward",
+             !whole                    ? norm_backward<T, centred, false, kRowThreads>
+             : threads > kBlockThreads ? norm_backward<T, centred, true, kRowThreads>
+                                       : norm_backward<T, centred, true, kBlockThreads>,
+             grid, stream, a);
     } else if (blocks > 0) {
       launch("norm_backward", norm_backward_long<T, centred>, grid, stream, a);
     }

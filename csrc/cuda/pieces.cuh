@@ -63,6 +63,17 @@ struct Pieces {
         if (from + p * kStep < D) body(p, from + p * kStep, D - from - p * kStep, vectors);
     }
   }
+  // body(p, first, valid, vectors) of rows of one chunk; whole: all packs are whole and aligned,
+  // and `valid` and `vectors` are constants
+  template <bool whole, class Body>
+  __device__ __forceinline__ void each_held(const Body& body) const {
+    const int from = static_cast<int>(begin()), end = static_cast<int>(D);
+#pragma unroll
+    for (int p = 0; p < kHeld; ++p) {
+      const int first = from + p * (kWarp * kPack<T>);
+      if (first < end) body(p, first, whole ? kPack<T> : end - first, whole || vectors);
+    }
+  }
 };
 
 // How many rows of D numbers a block takes at a time.

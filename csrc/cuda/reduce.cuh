@@ -25,6 +25,7 @@ __device__ __forceinline__ C added(const C (&x)[n]) {  // in pairs
 
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxWarps = 32;  // of a block
+constexpr int kRowWarps = 16;  // of a row of it
 
 struct Add {
   static constexpr float kNothing = 0.0f;
@@ -41,17 +42,21 @@ struct Larger {  // of numbers
   }
 };
 
-template <class C, class Join>
-__device__ __forceinline__ C across_warp(C x, Join join) {
+// Over groups of `lanes` neighbours
+template <int lanes, class C, class Join>
+__device__ __forceinline__ C across_lanes(C x, Join join) {
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x = join(x, __shfl_xor_sync(kAllLanes, x, step));
+  for (int step = lanes / 2; step > 0; step /= 2) x = join(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
 
-// What AcrossRow needs for n numbers at a time.
+// What AcrossRow needs for up to n numbers at a time.
 template <class C, int n>
 struct RowScratch {
-  C partial[2][n][kMaxWarps];
+  struct alignas(n * sizeof(C)) Partial {
+    C of[n];
+  };
+  Partial partial[2][kMaxWarps];
 };
 
 // Reductions over the threads of a row of the block (those of one threadIdx.y), in an order that
@@ -62,26 +67,41 @@ class AcrossRow {
  public:
   __device__ __forceinline__ explicit AcrossRow(RowScratch<C, n>& scratch) : scratch_(scratch) {}
 
-  // Each x[i] becomes its reduction, for every thread of the row.
-  template <class Join>
-  __device__ __forceinline__ void operator()(C (&x)[n], Join join) {
+  // Each x[i] becomes its reduction, for every thread of the row. Of two numbers each half of a
+  // warp reduces one.
+  template <int m, class Join>
+  __device__ __forceinline__ void operator()(C (&x)[m], Join join) {
+    static_assert(m <= n && m <= 2);
+    constexpr int kLanes = kWarp / m;
     const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int first = threadIdx.y * warps;
-#pragma unroll
-    for (int i = 0; i < n; ++i) x[i] = across_warp(x[i], join);
-    if (warps == 1) return;
-    auto& partial = scratch_.partial[turn_];
+    C own = x[0];
+    if constexpr (m == 2) {
+      const bool second = lane >= kLanes;
+      own = join(second ? x[1] : x[0], __shfl_xor_sync(kAllLanes, second ? x[0] : x[1], kLanes));
+    }
+    own = across_lanes<kLanes>(own, join);
+    if (warps == 1) {
+      to_all(own, x);
+      return;
+    }
+    auto* partial = scratch_.partial[turn_] + threadIdx.y * warps;
     turn_ ^= 1;
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-      if (lane == 0) partial[i][first + warp] = x[i];
+    if (lane % kLanes == 0) partial[warp].of[lane / kLanes] = own;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < n; ++i)
-      x[i] = across_warp(lane < warps ? partial[i][first + lane] : C(Join::kNothing), join);
+    const int from = lane % kRowWarps;
+    own = from < warps ? partial[from].of[lane / kLanes] : C(Join::kNothing);
+    own = across_lanes<kRowWarps>(own, join);
+    to_all(own, x);
   }
 
  private:
+  template <int m>
+  __device__ __forceinline__ void to_all(C own, C (&x)[m]) const {
+    x[0] = own;
+    if constexpr (m == 2)
+      x[0] = __shfl_sync(kAllLanes, own, 0), x[1] = __shfl_sync(kAllLanes, own, kWarp / 2);
+  }
+
   RowScratch<C, n>& scratch_;
   int turn_ = 0;
 };

@@ -6,8 +6,9 @@
 
 namespace pykern::cuda {
 
-constexpr int kRingSteps = 4;            // 2 where 4 would not fit
-constexpr size_t kRingBytes = 96 << 10;  // what a block may have on every GPU from sm_80 on
+constexpr int kRingSteps = 4;                  // 2 where 4 would not fit
+constexpr size_t kRingBytes = 96 << 10;        // what a block may have on every GPU from sm_80 on
+constexpr size_t kProcessorBytes = 216 << 10;  // what the blocks of a processor have together
 
 // `streams` rows at a time, kHeld packs of each for every thread of a block.
 template <class T>
@@ -18,9 +19,10 @@ class Ring {
     int packs;  // of a step and stream
     size_t bytes;
   };
-  static Plan plan(int threads, int streams) {
-    const size_t step = size_t(streams) * kHeld * threads * 16;
-    const int steps = kRingSteps * step <= kRingBytes ? kRingSteps : 2;
+  // blocks: as many as shall run on a processor together
+  static Plan plan(int threads, int streams, int blocks = 1) {
+    const size_t step = size_t(streams) * kHeld * threads * 16, all = kRingSteps * step;
+    const int steps = all <= kRingBytes && all * blocks <= kProcessorBytes ? kRingSteps : 2;
     return {steps, streams, kHeld * threads, steps * step};
   }
 
@@ -42,8 +44,12 @@ class Ring {
   // Asks for pack p of a stream, of which `valid` numbers exist; the others become 0.
   __device__ __forceinline__ void fetch(unsigned step, int stream, int p, const T* from,
                                         int64_t valid, bool vectors) const {
+    fetch_to(packs(step, stream), p, from, valid, vectors);
+  }
+  __device__ __forceinline__ static void fetch_to(T* packs, int p, const T* from, int64_t valid,
+                                                  bool vectors) {
     constexpr int W = kPack<T>;
-    T* to = slot(step, stream, p);
+    T* to = packs + p * (kWarp * W);
     if (vectors) {
       cp_async16(to, from, static_cast<int>((valid < W ? valid : W) * sizeof(T)));
     } else {
@@ -62,15 +68,19 @@ class Ring {
   }
   __device__ __forceinline__ void get(unsigned step, int stream, int p,
                                       Compute<T> (&v)[kPack<T>]) const {
-    load(slot(step, stream, p), kPack<T>, true, v);
+    get_from(packs(step, stream), p, v);
+  }
+  __device__ __forceinline__ static void get_from(const T* packs, int p,
+                                                  Compute<T> (&v)[kPack<T>]) {
+    load(packs + p * (kWarp * kPack<T>), kPack<T>, true, v);
+  }
+  // Where this thread's packs of a step and stream are, for fetch_to and get_from of several
+  __device__ __forceinline__ T* packs(unsigned step, int stream) const {
+    const unsigned part = (step & (steps_ - 1)) * streams_ + stream;
+    return memory_ + (part * packs_ + own_) * kPack<T>;
   }
 
  private:
-  __device__ __forceinline__ T* slot(unsigned step, int stream, int p) const {
-    const unsigned part = (step & (steps_ - 1)) * streams_ + stream;
-    return memory_ + (part * packs_ + own_ + p * kWarp) * kPack<T>;
-  }
-
   T* memory_;
   unsigned own_;  // this thread's packs of a stream are a constant apart, as in a row
   int steps_, streams_, packs_;

@@ -32,7 +32,7 @@ struct Rows {
       at += (row - above * size[i]) * stride[i];
       row = above;
     }
-    return rank > 0 ? at + row * stride[0] : 0;
+    return at + row * stride[0];  // of rank 0 it is 0
   }
 };
 
@@ -189,6 +189,8 @@ struct Numbers {
   __device__ __forceinline__ void as_stored(const Body& body) const {
     if constexpr (sizeof(T) == sizeof(double))
       body(static_cast<double*>(data));
+    else if (dtype == kDType<T>)
+      body(static_cast<T*>(data));
     else if (dtype == DType::f32)
       body(static_cast<float*>(data));
     else if (dtype == DType::bf16)

@@ -16,6 +16,12 @@ struct f16 {
 };
 
 template <class T>
+constexpr DType kDType = std::is_same_v<T, double>  ? DType::f64
+                         : std::is_same_v<T, float> ? DType::f32
+                         : std::is_same_v<T, bf16>  ? DType::bf16
+                                                    : DType::f16;
+
+template <class T>
 using Compute = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
 
 __device__ __forceinline__ float widen(float x) { return x; }

@@ -60,6 +60,8 @@ T shuffled(unsigned mask, T x, unsigned source, Where where) {
 }
 }  // namespace emulation
 
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+
 template <class T>
 T __shfl_xor_sync(unsigned mask, T x, int lanes,
                   emulation::Where where = emulation::Where::current()) {
