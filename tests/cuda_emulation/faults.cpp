@@ -88,7 +88,7 @@ __global__ void divergent_barrier(const float* in, float* out) {
 template <bool all>
 __global__ void missing_lane(const float* in, float* out) {
   float x = in[threadIdx.x];
-  if (all || threadIdx.x % 32 != 7) x = across_warp(x, Add());
+  if (all || threadIdx.x % 32 != 7) x = across_lanes<kWarp>(x, Add());
   out[threadIdx.x] = x;
 }
 
