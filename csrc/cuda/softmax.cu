@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
   using C = Compute<T>;
   constexpr int W = kPack<T>;
   AcrossRow across_row(shared_memory<RowScratch<Sum<T>, 1>>());
-  const int64_t chunks = a.pieces.chunks(), together = blockDim.y;
+  const int chunks = static_cast<int>(a.pieces.chunks());
+  const int64_t together = blockDim.y;
   C y[kHeld][W], dy[kHeld][W];
 
   for (int64_t begin = blockIdx.x * together; begin < a.rows; begin += gridDim.x * together) {
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
 
     // where out is 0 the place was hidden, or as good as hidden: its dout is not looked at
     Sum<T> sum[1] = {0};
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       read(chunk);
       pieces.each_pack(chunk, [&](int p, int64_t, int64_t) {
         C term[W];
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
     }
     across_row(sum, Add());
     const C mean = static_cast<C>(sum[0]);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
       if (chunks > 1) read(chunk);
       pieces.each_pack(chunk, [&](int p, int64_t first, int64_t valid) {
         C d[W];
