@@ -81,8 +81,8 @@ _KERNELS = {
     "attention_with_kvcache": "attention_with_kvcache",
     "flash_attn_with_kvcache": "attention_with_kvcache",
 }
-# Forward kernels whose tests, backward too, have passed on a GPU in all dtypes: an H200 (benchmarks/results/h200_gpu.json).
-# Who changes a kernel takes it out.
+# CUDA kernels whose tests, backward too, have passed on an H200 in all dtypes (benchmarks/results/h200_gpu.json). Who
+# changes one takes it out.
 _VERIFIED = {"linear_cross_entropy", "rope"} | {
     f"{op}_forward"
     for op in (
