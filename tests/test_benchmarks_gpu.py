@@ -140,10 +140,10 @@ class BrokenDevice(FakeTimer):
         super().__init__()
         self.who, self.lost = who, False
 
-    def prepare(self, who, calls, graph):
+    def prepare(self, who, calls):
         self.lost = who == self.who
         self.check()
-        return super().prepare(who, calls, graph)
+        return super().prepare(who, calls)
 
     def check(self):
         if self.lost:
@@ -200,7 +200,7 @@ def test_which_ceiling_bounds_a_case():
 
 def test_contestants_take_turns():
     clock = FakeTimer()
-    ready = {who: clock.prepare(who, [lambda: None], True) for who in "ab"}
+    ready = {who: clock.prepare(who, [lambda: None]) for who in "ab"}
     samples = timer.interleave(clock, ready, 0.0)
     assert "".join(clock.samples) == "abba" * 4 + "ab" and len(samples["a"]) == timer.LEAST_ROUNDS
     assert timer.quartiles([4.0, 1.0, 2.0, 3.0, 5.0]) == (2.0, 3.0, 4.0)

@@ -268,19 +268,18 @@ def stub(monkeypatch):
 def test_a_graph_is_timed(stub):
     clock = timer.CudaTimer(torch.device("cuda"))
     assert clock.cold_bytes == 150 << 20
-    ready = clock.prepare("a", [stub.spend(1e-5), stub.spend(3e-5)], True)
+    ready = clock.prepare("a", [stub.spend(1e-5), stub.spend(3e-5)])
     assert ready.mode == "graph" and ready.note == ""
     assert (ready.count, ready.repeats) == (50, 2)  # 25 times 0.04 ms, and a sample is 2 ms
     assert clock.sample("a", ready) == pytest.approx(2e-5)
-    ready = clock.prepare("a", [stub.spend(5e-3)], True)
+    ready = clock.prepare("a", [stub.spend(5e-3)])
     assert (ready.count, ready.repeats) == (1, 1)
 
 
 def test_launches_are_timed_where_no_graph_can_be(stub):
     clock = timer.CudaTimer(torch.device("cuda"))
-    assert clock.prepare("a", [stub.spend(1e-3)], False).mode == "launches"
     stub.refuses = True
-    ready = clock.prepare("a", [stub.spend(1e-3)], True)
+    ready = clock.prepare("a", [stub.spend(1e-3)])
     assert (ready.mode, ready.repeats) == ("launches", 2) and "not permitted when stream is capturing" in ready.note
     assert clock.sample("a", ready) == pytest.approx(1e-3)
 
@@ -289,7 +288,7 @@ def test_a_lost_device_is_told_from_a_refusal(stub):
     clock = timer.CudaTimer(torch.device("cuda"))
     stub.broken = True
     with pytest.raises(timer.DeviceLost, match="illegal memory access"):
-        clock.prepare("a", [stub.spend(1e-3)], True)
+        clock.prepare("a", [stub.spend(1e-3)])
 
 
 def test_peak_is_what_a_call_adds(stub):

@@ -65,7 +65,6 @@ class Case:
     traffic: str = "copy"
     one_set: bool = False  # the inputs are changed in place, or larger than any cache by far
     extra_seconds: float = 0.0  # beyond the estimate: whole models compile for long
-    graph: bool = True  # False: a contestant asks the device for a number, which ends the capture of a graph
 
     @property
     def key(self) -> str:

@@ -53,7 +53,7 @@ def measure(timer: Timer, device: torch.device, tiny: bool = False, seconds: flo
     with timer.context():
         for name, unit in NAMES.items():
             amount, work = _work(name, Source(device, 0, False), size, n)
-            samples = interleave(timer, {name: timer.prepare(name, [work], True)}, seconds)[name]
+            samples = interleave(timer, {name: timer.prepare(name, [work])}, seconds)[name]
             found[name] = {"rate": amount / quartiles(samples)[1], "best": amount / min(samples), "unit": unit}
             del work
     return found

@@ -110,7 +110,7 @@ def measure(
                 differences[who] = None if result is expected else difference(result, expected)
                 del result
                 peaks[who] = timer.peak(thunks[0])
-                prepared[who] = timer.prepare(who, thunks, case.graph)
+                prepared[who] = timer.prepare(who, thunks)
             except Exception as error:  # noqa: BLE001 - whatever a library raises: recorded, and the others go on
                 record(document, timer, case, who, error)
         expected = None

@@ -51,7 +51,7 @@ class Timer(Protocol):
 
     def context(self) -> AbstractContextManager: ...
     def now(self) -> float: ...
-    def prepare(self, who: str, calls: Calls, graph: bool) -> Prepared: ...
+    def prepare(self, who: str, calls: Calls) -> Prepared: ...
     def sample(self, who: str, prepared: Prepared) -> float: ...
     def peak(self, call: Callable[[], object]) -> int: ...
     def check(self) -> None: ...
@@ -87,17 +87,16 @@ class CudaTimer:
         times = min(MOST_TIMES, math.ceil(GRAPH_SECONDS / seconds))
         return once if times <= 1 else self._captured(calls, times)
 
-    def prepare(self, who: str, calls: Calls, graph: bool) -> Prepared:
+    def prepare(self, who: str, calls: Calls) -> Prepared:
         for i in range(max(WARM_UP, len(calls))):
             calls[i % len(calls)]()
         self.check()
         prepared = Prepared(lambda: [call() for call in calls], calls, len(calls), "launches")
-        if graph:
-            try:
-                prepared = self._graph(who, calls)
-            except Exception as refusal:  # noqa: BLE001 - the calls ran before: it is the capture that fails
-                self.check()  # raises where it was the device that failed, not the capture
-                prepared.note = f"no graph: {one_line(refusal)}"
+        try:
+            prepared = self._graph(who, calls)
+        except Exception as refusal:  # noqa: BLE001 - the calls ran before: it is the capture that fails
+            self.check()  # raises where it was the device that failed, not the capture
+            prepared.note = f"no graph: {one_line(refusal)}"
         self.sample(who, prepared)
         seconds = self.sample(who, prepared) * prepared.count
         prepared.repeats = max(1, round(SAMPLE_SECONDS / seconds))
@@ -143,7 +142,7 @@ class FakeTimer:
     def now(self) -> float:
         return self.clock
 
-    def prepare(self, who: str, calls: Calls, graph: bool) -> Prepared:
+    def prepare(self, who: str, calls: Calls) -> Prepared:
         for call in calls:
             call()
         self.clock += self.setup
