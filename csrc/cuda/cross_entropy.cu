@@ -31,7 +31,7 @@ struct PerRow {
 PerRow per_row(const Tensor& t) { return {rows_of(column(t)), t.dtype == DType::f64}; }
 
 template <class T>
-struct Walk {
+struct LogitRows {
   Rows logits, target;
   CrossEntropyOptions options;
   int64_t rows;
@@ -44,7 +44,7 @@ struct Walk {
 
 template <class T>
 struct Forward {
-  Walk<T> walk;
+  LogitRows<T> logits;
   PerRow loss, lse;
 };
 
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
     cross_entropy_forward_kernel(const Forward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  const Walk<T>& w = a.walk;
+  const LogitRows<T>& w = a.logits;
   auto& shared = shared_memory<ForwardShared<T>>();
   ExpSumAcrossRow<T, double> across_row(shared.sums);
   const Ring<T> ring(shared.ring, Ring<T>::plan_of_one());
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
 
 template <class T>
 struct Backward {
-  Walk<T> walk;
+  LogitRows<T> logits;
   Rows dlogits;
   Numbers<T> gradients;  // a half type beside float logits in linear_cross_entropy
   PerRow dloss, lse;
@@ -126,13 +126,13 @@ struct Backward {
     double lse, rate, everywhere, label;
   };
   __device__ __forceinline__ Terms terms(int64_t row, int64_t y) const {
-    const CrossEntropyOptions& o = walk.options;
+    const CrossEntropyOptions& o = logits.options;
     const double own = lse.get(row);
-    const bool known = y >= 0 && y < walk.pieces.D;
+    const bool known = y >= 0 && y < logits.pieces.D;
     if (own == -INFINITY) return {0, 0, known ? 0 : double(NAN), 0};  // nothing but -inf
     const double d = known ? dloss.get(row) : double(NAN);
     return {own, d * (1 + 2 * o.z_loss * own),
-            -d * o.label_smoothing / static_cast<double>(walk.pieces.D),
+            -d * o.label_smoothing / static_cast<double>(logits.pieces.D),
             d * (1 - o.label_smoothing)};
   }
 };
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
     cross_entropy_backward_kernel(const Backward<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
-  const Walk<T>& w = a.walk;
+  const LogitRows<T>& w = a.logits;
   const Ring<T> ring(reinterpret_cast<T*>(&shared_memory<uint4>()), Ring<T>::plan_of_one());
   const Pieces<T>& pieces = w.pieces;
   const int chunks = static_cast<int>(pieces.chunks());
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(kRowThreads, kHalf<T> ? 2 : 1)
 }
 
 template <class T>
-Walk<T> walk_of(const Tensor& logits, const Tensor& target, const CrossEntropyOptions& options,
-                bool vectors) {
+LogitRows<T> rows_of_logits(const Tensor& logits, const Tensor& target,
+                            const CrossEntropyOptions& options, bool vectors) {
   const int64_t V = logits.size[logits.rank - 1];
   return {.logits = rows_of(logits),
           .target = rows_of(column(target)),
@@ -208,9 +208,9 @@ Walk<T> walk_of(const Tensor& logits, const Tensor& target, const CrossEntropyOp
 }
 
 template <class T>
-Grid walk_grid(const Walk<T>& walk) {
-  const int threads = row_threads<T>(walk.pieces.D), together = rows_together<T>(walk.pieces.D);
-  return {.blocks = dim3(walking_blocks(ceil_div(walk.rows, together), threads * together)),
+Grid logits_grid(const LogitRows<T>& logits) {
+  const int threads = row_threads<T>(logits.pieces.D), together = rows_together<T>(logits.pieces.D);
+  return {.blocks = dim3(walking_blocks(ceil_div(logits.rows, together), threads * together)),
           .threads = dim3(threads, together),
           .shared = Ring<T>::plan(threads * together, 1).bytes};
 }
@@ -222,10 +222,10 @@ void cross_entropy_forward(const CrossEntropyForward& op, Stream stream) {
   const OnDevice device(op.logits);
   with_type(op.logits.dtype, [&]<class T>(T) {
     const Forward<T> a{
-        .walk = walk_of<T>(op.logits, op.target, op.options, takes_packs<T>(op.logits)),
+        .logits = rows_of_logits<T>(op.logits, op.target, op.options, takes_packs<T>(op.logits)),
         .loss = per_row(op.loss),
         .lse = per_row(op.lse)};
-    Grid grid = walk_grid(a.walk);
+    Grid grid = logits_grid(a.logits);
     grid.shared += sizeof(ForwardShared<T>);
     launch("cross_entropy_forward", cross_entropy_forward_kernel<T>, grid, stream, a);
   });
@@ -236,13 +236,13 @@ void cross_entropy_backward(const CrossEntropyBackward& op, Stream stream) {
   const OnDevice device(op.logits);
   with_type(op.logits.dtype, [&]<class T>(T) {
     const bool vectors = take_packs<T>({&op.logits, &op.dlogits});
-    const Backward<T> a{.walk = walk_of<T>(op.logits, op.target, op.options, vectors),
+    const Backward<T> a{.logits = rows_of_logits<T>(op.logits, op.target, op.options, vectors),
                         .dlogits = rows_of(op.dlogits),
                         .gradients = numbers_of<T>(op.dlogits),
                         .dloss = per_row(op.dloss),
                         .lse = per_row(op.lse)};
-    launch("cross_entropy_backward", cross_entropy_backward_kernel<T>, walk_grid(a.walk), stream,
-           a);
+    launch("cross_entropy_backward", cross_entropy_backward_kernel<T>, logits_grid(a.logits),
+           stream, a);
   });
 }
 
