@@ -127,6 +127,7 @@ T atomicCAS(T* p, T expected, T x) {
 }
 inline void __threadfence() {}
 
+inline int __ffs(int bits) { return std::countr_zero(static_cast<uint32_t>(bits)) + 1; }
 inline int __popc(uint32_t bits) { return std::popcount(bits); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
