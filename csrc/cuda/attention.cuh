@@ -170,7 +170,7 @@ struct Scores {
   __device__ __forceinline__ int look(const Place& at, int b, int h, int t0, int t1,
                                       int tile) const {
     const int first = tile * kKeys, end = first + kKeys;
-    if (first >= end_key(at, t1) || end <= first_key(at, t0)) return kHidden;
+    if (first >= end_key(at, t1) || end <= first_key(at, t0)) return kHidden;  // or behind all keys
     int found = first >= first_key(at, t1) && end <= end_key(at, t0) ? kSeen : kSeen | kHidden;
     if (mask.words) {
       const int masked = mask.of(b, h, t0, t1, tile);
@@ -238,8 +238,14 @@ Scores<T> scores_of(const AttentionInputs& op, const MaskBits& mask) {
 
 // ---- one score
 
-__device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
-__device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
+// tanh in the accuracy that a score needs of which weights of type T are made; of halves 1e-7 off
+template <class T>
+__device__ __forceinline__ Compute<T> hyperbolic_tangent_for(Compute<T> x) {
+  if constexpr (kHalf<T>)
+    return 1 - 2 * rcp_approx(1 + exp2_approx(x * static_cast<float>(2 * kBitsPerNat)));
+  else
+    return tanh(x);
+}
 __device__ __forceinline__ float power2(float x) { return exp2_approx(x); }
 __device__ __forceinline__ double power2(double x) { return exp2(x); }
 
@@ -268,7 +274,7 @@ struct RowOptions {
   // the score is -infinity.
   __device__ __forceinline__ C score(const Scores<T>& x, C product, int s) const {
     C y = product * x.scale;
-    if (x.cap != 0) y = x.cap * hyperbolic_tangent(y);
+    if (x.cap != 0) y = x.cap * hyperbolic_tangent_for<T>(y);
     const C distance = diagonal - static_cast<C>(s);
     if (x.slopes) y = fma(-slope, distance < 0 ? -distance : distance, y);
     if (bias) {

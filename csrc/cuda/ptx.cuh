@@ -77,6 +77,23 @@ __device__ __forceinline__ void store_word(uint2* to, uint2 x) {
 
 __device__ __forceinline__ void store_word(uint32_t* to, uint32_t x) { *to = x; }
 
+// ---- a number by which blocks pass on what they have written
+
+__device__ __forceinline__ void store_release(uint32_t* to, uint32_t x) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "r"(x)
+               : "memory");
+}
+// Returns when another block has stored it, which must be running or done
+__device__ __forceinline__ void await_value(const uint32_t* from, uint32_t expected) {
+  uint32_t x;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                 : "=r"(x)
+                 : "l"(__cvta_generic_to_global(from))
+                 : "memory");
+  } while (x != expected);
+}
+
 // ---- shared memory: one struct per kernel, in the bytes that the launch asked for
 
 template <class Layout>

@@ -120,6 +120,12 @@ T atomicMax(T* p, T x) {
   return before;
 }
 template <class T>
+T atomicOr(T* p, T x) {
+  const T before = *p;
+  *p = before | x;
+  return before;
+}
+template <class T>
 T atomicCAS(T* p, T expected, T x) {
   const T before = *p;
   if (before == expected) *p = x;
@@ -154,9 +160,12 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int device) {
   return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
 }
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 2;  // so that blocks that walk over rows do walk
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const char* shared = getenv("PYKERN_EMULATED_SHARED");    // bytes
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2  // so that blocks that walk do walk
+           : shared                                    ? atoi(shared)
+                                                       : 227 << 10;
   return cudaSuccess;
 }
 template <class Kernel>

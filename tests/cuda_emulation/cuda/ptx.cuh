@@ -50,6 +50,16 @@ void store_word(Word* to, Word x) {
   *to = x;
 }
 
+// ---- a number by which blocks pass on what they have written: a block runs to its end before the
+// next begins
+
+inline void store_release(uint32_t* to, uint32_t x) { *to = x; }
+inline void await_value(const uint32_t* from, uint32_t expected) {
+  if (*from != expected)
+    throw emulation::Fault("a block waits for " + std::to_string(expected) + " and there is " +
+                           std::to_string(*from) + ": who stores it has not begun");
+}
+
 // ---- shared memory
 
 template <class Layout>

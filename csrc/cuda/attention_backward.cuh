@@ -1,0 +1,469 @@
+// Backward attention of halves, five products in one pass: a block owns kN keys of a key head and
+// walks over tiles of 64 queries of the heads that read it, a warp owns 16 of the keys.
+//   s^T = k q^T   dp^T = v dout^T   p = 2^(s - lse)   ds = p (dp - delta)      in registers
+//   dv += p^T dout   dk += ds^T q                                             in registers
+//   dq += ds k                                                                in global memory
+// dq adds up in float, in the order of the keys: a block adds to a tile of queries when the last
+// block before it that sees the tile has. Blocks take tickets, so whoever is waited for runs
+// already. Its numbers lie in the order in which threads hold them (finish_dq unravels it).
+//
+// Bound, per tile of 64 queries by kN keys: 10 x 64 x kN x D products on tensor cores (mma.sync:
+// 0.62 of Hopper's rate), and half as long again for what shared memory moves: an ldmatrix for two
+// mma.
+#pragma once
+#include "cuda/attention_halves.cuh"
+#include "cuda/attention_halves.h"
+
+namespace pykern::cuda {
+
+constexpr int kM = 64;  // queries of a tile
+
+template <class T>
+struct BackwardHalves {
+  Scores<T> scores;
+  HeadRows<const T> q, k, v, dout;
+  HeadRows<T> dq, dk, dv;
+  bool q_words, k_words, v_words, dout_words, dq_words, dk_words, dv_words;
+  const RowFacts<float>* facts;  // [B, H, T]
+  float scale;                   // of dq and dk
+  float* sums;                   // of dq, tiles of kM x kD
+  uint32_t* turns;               // for each tile: 1 + the last block of keys that has added to it
+  uint32_t* tickets;             // how many blocks have begun
+
+  // The tile that begins with query `first` of sequence b.
+  __device__ __forceinline__ int64_t tile(const Place& at, int b, int h, int first) const {
+    const Scores<T>& x = scores;
+    if (x.cu_q) return h * (int64_t{x.queries} / kM + x.sequences) + at.q_row / kM + b + first / kM;
+    return (int64_t{b} * x.H + h) * ((x.queries + kM - 1) / kM) + first / kM;
+  }
+};
+
+template <class T, int kD_, int kN_>
+struct BackwardTiles {
+  static constexpr int kD = kD_, kN = kN_;
+  // Wide heads: two warps hold the sums of the same keys, half of the columns each.
+  static constexpr int kSplit = kD > 128 ? 2 : 1, kOwn = kD / kSplit;
+  static constexpr int kKeyWarps = kN / 16, kWarps = kKeyWarps * kSplit, kThreads = kWarps * kWarp;
+  static constexpr int kStages = kD * kN <= 128 * 128 && kN == 128 ? 2 : 1;
+  // Of dq a warp makes 32 rows by kDqColumns.
+  static constexpr int kDqColumns = kD / (kWarps / 2), kDqPieces = kDqColumns / 8;
+
+  struct Stage {
+    Tile<T, kM, kD> q, dout;
+    alignas(16) float shift[kM], delta[kM];
+    alignas(16) uint64_t words[kN / kKeys][kM];  // which keys each query sees, if not all see all
+  };
+  Tile<T, kN, kD> k, v;  // and then their gradients
+  Tile<T, kN, kM> ds;
+  Stage stage[kStages];
+  uint32_t strange_keys[kN / 32], strange_queries[kM / 32];
+  uint32_t ticket;
+};
+
+template <class T, int kD, int kN, bool kPlain>
+__global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 64 * 128 ? 2 : 1)
+    attention_backward_halves(const BackwardHalves<T> a) {
+  using Tiles = BackwardTiles<T, kD, kN>;
+  using Stage = typename Tiles::Stage;
+  constexpr int kThreads = Tiles::kThreads, kStages = Tiles::kStages, kOwn = Tiles::kOwn;
+  constexpr int kWide = kM / 8;
+  auto& shared = shared_memory<Tiles>();
+  const Scores<T>& x = a.scores;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+
+  if (threadIdx.x == 0) shared.ticket = atomicAdd(a.tickets, 1u);
+  if (threadIdx.x < kN / 32) shared.strange_keys[threadIdx.x] = 0;
+  if (threadIdx.x < kM / 32) shared.strange_queries[threadIdx.x] = 0;
+  __syncthreads();
+  const int heads = x.H / x.group, ticket = static_cast<int>(shared.ticket);
+  const int g = ticket % heads, rest = ticket / heads;
+  BlockPlace mine{rest % x.sequences, rest / x.sequences * kN};
+  if (x.cu_k) mine = ragged_block<kN>(x.cu_k, x.cu_k_step, x.sequences, x.keys, rest);
+  if (mine.sequence < 0) return;
+  const int b = mine.sequence, first = mine.first;
+  const Place at = x.place(b);
+  const int last = (first + kN < at.keys ? first + kN : at.keys) - 1;
+
+  const int begin = x.first_query(at, first) / kM;
+  const int end = at.queries > 0 ? (x.end_query(at, last) + kM - 1) / kM : 0;
+  const int last_head = (g + 1) * x.group - 1;
+  const auto look = [&](int h, int m, int from) {  // at keys [from, from + kN) of this sequence
+    const int t0 = m * kM, t1 = t0 + kM < at.queries ? t0 + kM - 1 : at.queries - 1;
+    int classes = 0;
+#pragma unroll
+    for (int i = 0; i < kN / kKeys; ++i) classes |= x.look(at, b, h, t0, t1, from / kKeys + i);
+    return classes;
+  };
+  // The next tile of queries that sees some of the keys, head after head.
+  int next_h = g * x.group, next_m = begin, found = 0;
+  const auto seek = [&] {
+    for (; next_h <= last_head; ++next_h, next_m = begin)
+      for (; next_m < end; ++next_m)
+        if ((found = look(next_h, next_m, first)) & kSeen) return;
+  };
+  seek();
+
+  const auto fetch_queries = [&](Stage& to) {
+    Fetch<T, Tile<T, kM, kD>, kThreads>(a.q.at(at.batch, next_h, at.q_row), a.q.row, x.D,
+                                        a.q_words)(to.q, next_m * kM, at.queries);
+    Fetch<T, Tile<T, kM, kD>, kThreads>(a.dout.at(at.batch, next_h, at.q_row), a.dout.row, x.E,
+                                        a.dout_words)(to.dout, next_m * kM, at.queries);
+    cp_async_commit();
+    const int t = next_m * kM + threadIdx.x % kM;
+    if (threadIdx.x < kM) {
+      float shift = INFINITY, delta = 0;  // a query that is not there has no weights
+      if (t < at.queries) {
+        const auto& row = a.facts[(at.batch * x.H + next_h) * x.queries + at.q_row + t];
+        shift = row.shift, delta = row.delta;
+      }
+      to.shift[threadIdx.x] = shift, to.delta[threadIdx.x] = delta;
+    }
+    if (found & kHidden)
+      for (int i = threadIdx.x; i < kN / kKeys * kM; i += kThreads)
+        to.words[i / kM][i % kM] = x.visible(at, b, next_h, t, first / kKeys + i / kM);
+  };
+
+  Fetch<T, Tile<T, kN, kD>, kThreads>(a.k.at(at.batch, g, at.k_row), a.k.row, x.D, a.k_words)(
+      shared.k, first, last + 1);
+  Fetch<T, Tile<T, kN, kD>, kThreads>(a.v.at(at.batch, g, at.k_row), a.v.row, x.E, a.v_words)(
+      shared.v, first, last + 1);
+  if (next_h <= last_head) fetch_queries(shared.stage[0]);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  find_strange<kThreads>(shared.k, shared.strange_keys);
+  __syncthreads();
+  bool strange_key = false;  // some key
+  for (const uint32_t word : shared.strange_keys) strange_key = strange_key || word != 0;
+  if (strange_key) replace_strange<kThreads>(shared.k);
+
+  const int key16 = warp % Tiles::kKeyWarps * 16, split = warp / Tiles::kKeyWarps;
+  const int my_key = key16 + lane / 4;  // and the eighth behind it
+  float dk[kOwn / 8][4] = {}, dv[kOwn / 8][4] = {};
+  int64_t added = -1;  // the tile of dq that this block has added to and not said so
+
+#pragma unroll 1
+  for (int turn = 0; next_h <= last_head; turn = (turn + 1) % kStages) {
+    const int h = next_h, t0 = next_m * kM;
+    const bool partial = (found & kHidden) != 0;
+    Stage& now = shared.stage[turn];
+    cp_async_wait<0>();
+    __syncthreads();  // the queries are there; those before, and ds, have been read
+    if (threadIdx.x == 0 && added >= 0) store_release(a.turns + added, first / kN + 1u);
+    ++next_m;
+    seek();
+    if (kStages > 1 && next_h <= last_head) fetch_queries(shared.stage[(turn + 1) % kStages]);
+
+    bool strange = strange_key;
+    if (partial) {
+      find_strange<kThreads>(now.q, shared.strange_queries);
+      find_strange<kThreads>(now.dout, shared.strange_queries);
+      __syncthreads();
+      if ((shared.strange_queries[0] | shared.strange_queries[1]) != 0) {
+        strange = true;
+        replace_strange<kThreads>(now.q);
+        replace_strange<kThreads>(now.dout);
+      }
+    }
+
+    // s^T and dp^T: piece n of half `half` is key my_key + 8 half, queries 8 n + 2 (lane % 4) + r
+    float s[kWide][4] = {}, dp[kWide][4] = {};
+    const auto multiply_rows = [&](const Tile<T, kN, kD>& left, const Tile<T, kM, kD>& right,
+                                   float (&to)[kWide][4]) {
+      const LaneRows<true, kD> down;
+      const LaneRows<false, kD> across;
+#pragma unroll
+      for (int d = 0; d < kD / 16; ++d) {
+        uint32_t l[4], r[4];
+        ldmatrix_x4(l, down(left.of, key16, d));
+#pragma unroll
+        for (int n = 0; n < kM / 16; ++n) {
+          ldmatrix_x4(r, across(right.of, 16 * n, d));
+          multiply(to[2 * n], l, r[0], r[1], T{});
+          multiply(to[2 * n + 1], l, r[2], r[3], T{});
+        }
+      }
+    };
+    multiply_rows(shared.k, now.q, s);
+    multiply_rows(shared.v, now.dout, dp);
+
+    const auto each = [&](const auto& body) {  // body(n, i, query): piece n, number i
+#pragma unroll
+      for (int n = 0; n < kWide; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) body(n, i, 8 * n + lane % 4 * 2 + i % 2);
+    };
+    const auto key_of = [&](int i) { return first + my_key + i / 2 * 8; };
+    const auto sees = [&](int i, int query) {  // by window and mask
+      return !partial || (now.words[key16 / kKeys][query] >> (my_key % kKeys + i / 2 * 8) & 1) != 0;
+    };
+    uint32_t keep = ~0u;  // bit 4 n + i
+    const float grown = static_cast<float>(x.dropout.factor);
+    if constexpr (!kPlain) {
+      if (x.dropout.threshold != 0) {
+        const uint64_t seed = static_cast<uint64_t>(*x.dropout.seed);
+        keep = 0;
+#pragma unroll 1
+        for (int j = 0; j < 4 * kWide; ++j) {
+          const int key = key_of(j % 4), t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
+          const uint32_t bits = keep_bits(x.dropout, seed, b, h, t, key / kKeys, key % 16);
+          keep |= (bits >> key % kKeys / 16 & 1) << j;
+        }
+        each([&](int n, int i, int) {
+          dp[n][i] = keep >> (4 * n + i) & 1 ? dp[n][i] * grown : 0.0f;
+        });
+      }
+    }
+    each([&](int n, int i, int query) { dp[n][i] -= now.delta[query]; });
+    if constexpr (!kPlain) {
+      each([&](int n, int i, int) { s[n][i] *= x.scale; });
+      if (x.cap != 0)
+        each([&](int n, int i, int) {
+          const float t = hyperbolic_tangent_for<T>(s[n][i]);
+          s[n][i] = x.cap * t, dp[n][i] *= 1 - t * t;
+        });
+      if (x.slopes) {
+        const float slope = -x.slope(b, h);
+        each([&](int n, int i, int query) {
+          s[n][i] = fmaf(slope, fabsf(float(at.diagonal(t0 + query) - key_of(i))), s[n][i]);
+        });
+      }
+      if (x.bias.data)
+        each([&](int n, int i, int query) {
+          if (!sees(i, query) || t0 + query >= at.queries) return;
+          const float bias = widen(x.bias.at(b, h, t0 + query)[key_of(i) * x.bias_key]);
+          s[n][i] = bias == -INFINITY
+                        ? bias
+                        : fmaf(fmaxf(bias, kLeastBias<float>), float(kBitsPerNat), s[n][i]);
+        });
+    }
+    // s becomes p, and dp ds
+    const float factor = kPlain ? x.scale : 1.0f;
+    each([&](int n, int i, int query) {
+      float p = exp2_approx(fmaf(s[n][i], factor, -now.shift[query])), ds = p * dp[n][i];
+      if constexpr (!kPlain) {
+        if (s[n][i] == -INFINITY) p = ds = 0;  // whatever dp is
+        if (x.dropout.threshold != 0) p = keep >> (4 * n + i) & 1 ? p * grown : 0.0f;
+      }
+      s[n][i] = p, dp[n][i] = ds;
+    });
+    if (partial)
+      each([&](int n, int i, int query) {
+        if (!sees(i, query)) s[n][i] = dp[n][i] = 0;
+      });
+    if (strange) {  // rare: who sees such a number has no gradient
+      each([&](int n, int i, int query) {
+        const int key = my_key + i / 2 * 8;
+        const bool odd = (shared.strange_keys[key / 32] >> key % 32 & 1) != 0 ||
+                         (shared.strange_queries[query / 32] >> query % 32 & 1) != 0;
+        if (odd && sees(i, query)) s[n][i] = dp[n][i] = NAN;
+      });
+    }
+
+    // p and ds as left factors over the queries, and ds for all warps
+    uint32_t p[kM / 16][4], ds[kM / 16][4];
+    left_factors<T, kM / 16>(s, p);
+    left_factors<T, kM / 16>(dp, ds);
+    if (split == 0) {
+#pragma unroll
+      for (int n = 0; n < kWide; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(shared.ds.chunk(my_key + 8 * half, n) + lane % 4 * 2) =
+              ds[n / 2][n % 2 * 2 + half];
+    }
+    const auto accumulate = [&](const uint32_t (&left)[kM / 16][4], const Tile<T, kM, kD>& right,
+                                float (&to)[kOwn / 8][4]) {
+      const LaneRows<true, kD> down;
+#pragma unroll
+      for (int query = 0; query < kM / 16; ++query)
+#pragma unroll
+        for (int e = 0; e < kOwn / 16; ++e) {
+          uint32_t r[4];
+          ldmatrix_x4_trans(r, down(right.of, 16 * query, split * (kOwn / 16) + e));
+          multiply(to[2 * e], left[query], r[0], r[1], T{});
+          multiply(to[2 * e + 1], left[query], r[2], r[3], T{});
+        }
+    };
+    accumulate(p, now.dout, dv);
+    const int64_t tile = a.tile(at, b, h, t0);
+    int before = first - kN;  // the keys of the last block before this one that has added
+    if (threadIdx.x == 0) {
+      while (before >= 0 && !(look(h, t0 / kM, before) & kSeen)) before -= kN;
+      if (before >= 0) await_value(a.turns + tile, before / kN + 1u);
+      shared.ticket = before >= 0;
+    }
+    __syncthreads();  // ds is there, and it is this block's turn
+    accumulate(ds, now.q, dk);
+
+    // dq: 32 queries by kDqColumns a warp
+    const int rows = warp % 2 * 32, columns = warp / 2 * Tiles::kDqColumns;
+    float dq[2][Tiles::kDqPieces][4] = {};
+    {
+      const LaneRows<false, kM> across;
+      const LaneRows<true, kD> down;
+#pragma unroll
+      for (int key = 0; key < kN; key += 16) {
+        uint32_t l[2][4], r[4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          ldmatrix_x4_trans(l[i], across(shared.ds.of, key, rows / 16 + i));
+#pragma unroll
+        for (int c = 0; c < Tiles::kDqColumns / 16; ++c) {
+          ldmatrix_x4_trans(r, down(shared.k.of, key, columns / 16 + c));
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            multiply(dq[i][2 * c], l[i], r[0], r[1], T{});
+            multiply(dq[i][2 * c + 1], l[i], r[2], r[3], T{});
+          }
+        }
+      }
+    }
+    const bool others = shared.ticket != 0;
+    float* sums = a.sums + tile * (kM * kD) + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int c = 0; c < Tiles::kDqPieces; ++c)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float* to = sums + ((i * Tiles::kDqPieces + c) * 4 + r) * kThreads;
+          if (others)
+            atomicAdd(to, dq[i][c][r]);  // in its turn, so in order; without waiting for the sum
+          else
+            *to = dq[i][c][r];
+        }
+    added = tile;
+    if (partial) {
+      __syncthreads();
+      if (threadIdx.x < kM / 32) shared.strange_queries[threadIdx.x] = 0;
+    }
+    if (kStages == 1) {
+      __syncthreads();  // the queries have been read
+      if (next_h <= last_head) fetch_queries(shared.stage[0]);
+    }
+  }
+
+  cp_async_wait<0>();
+  __syncthreads();  // all have read the keys, and added
+  if (threadIdx.x == 0 && added >= 0) store_release(a.turns + added, first / kN + 1u);
+  const auto put = [&](float (&sum)[kOwn / 8][4], float scale, Tile<T, kN, kD>& to) {
+#pragma unroll
+    for (int e = 0; e < kOwn / 8; ++e)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(to.chunk(my_key + 8 * half, split * (kOwn / 8) + e) +
+                                     lane % 4 * 2) =
+            rounded_pair<T>(sum[e][2 * half] * scale, sum[e][2 * half + 1] * scale);
+  };
+  put(dk, a.scale, shared.k);
+  put(dv, 1, shared.v);
+  __syncthreads();
+  const auto write = [&](Tile<T, kN, kD>& from, const HeadRows<T>& to, int width, bool words) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kN * (kD / kChunk); i += kThreads) {
+      const int row = i / (kD / kChunk), c = i % (kD / kChunk), valid = width - c * kChunk;
+      if (first + row > last || valid <= 0) continue;
+      float v[kChunk];
+      load(from.chunk(row, c), kChunk, true, v);
+      store(to.at(at.batch, g, at.k_row + first + row) + c * kChunk, valid, words, v);
+    }
+  };
+  write(shared.k, a.dk, x.D, a.dk_words);
+  write(shared.v, a.dv, x.E, a.dv_words);
+}
+
+// dq = scale times its sums, a block per tile of queries; 0 where nobody has added.
+template <class T, int kD, int kN>
+__global__ void __launch_bounds__(256) finish_dq(const BackwardHalves<T> a) {
+  using Tiles = BackwardTiles<T, kD, kN>;
+  const Scores<T>& x = a.scores;
+  const int h = static_cast<int>(blockIdx.x % x.H), rest = static_cast<int>(blockIdx.x / x.H);
+  BlockPlace mine{rest % x.sequences, rest / x.sequences * kM};
+  if (x.cu_q) mine = ragged_block<kM>(x.cu_q, x.cu_q_step, x.sequences, x.queries, rest);
+  if (mine.sequence < 0) return;
+  const Place at = x.place(mine.sequence);
+  const int64_t tile = a.tile(at, mine.sequence, h, mine.first);
+  const bool some = a.turns[tile] != 0;
+  const float* sums = a.sums + tile * (kM * kD);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kM * (kD / kChunk); i += 256) {
+    const int row = i / (kD / kChunk), column = i % (kD / kChunk) * kChunk;
+    if (mine.first + row >= at.queries || column >= x.D) continue;
+    // the warp that made these numbers, its first lane of the row, and its first piece of them
+    const int warp = column / Tiles::kDqColumns * 2 + row / 32, lane = row % 8 * 4;
+    const int piece = row / 16 % 2 * Tiles::kDqPieces + column % Tiles::kDqColumns / 8;
+    const float* from =
+        sums + (piece * 4 + row / 8 % 2 * 2) * Tiles::kThreads + warp * kWarp + lane;
+    float even[4] = {}, odd[4] = {}, v[kChunk];
+    if (some) {
+      load(from, 4, true, even);
+      load(from + Tiles::kThreads, 4, true, odd);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) v[2 * j] = even[j] * a.scale, v[2 * j + 1] = odd[j] * a.scale;
+    store(a.dq.at(at.batch, h, at.q_row + mine.first + row) + column, x.D - column, a.dq_words, v);
+  }
+}
+
+template <class T>
+bool halves_backward(const AttentionBackward& op, const Scores<T>& x, const RowFacts<float>* facts,
+                     Stream stream) {
+  int most_shared = 0;
+  require(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                 op.q.device_index),
+          "cudaDeviceGetAttribute");
+  const bool ragged = x.cu_q != nullptr;
+  const auto start = [&]<int kD, int kN, bool plain>() {
+    using Tiles = BackwardTiles<T, kD, kN>;
+    if (sizeof(Tiles) > static_cast<size_t>(most_shared)) return false;
+    const int64_t tiles = x.H * blocks_of(x.sequences, x.queries, ragged, kM);
+    const Workspace turns((tiles + 1) * sizeof(uint32_t), stream);
+    const Workspace sums(tiles * kM * kD * sizeof(float), stream);
+    require(cudaMemsetAsync(turns.at<void>(), 0, (tiles + 1) * sizeof(uint32_t),
+                            static_cast<cudaStream_t>(stream)),
+            "cudaMemsetAsync");
+    const BackwardHalves<T> a{.scores = x,
+                              .q = head_rows<const T>(op.q),
+                              .k = head_rows<const T>(op.k),
+                              .v = head_rows<const T>(op.v),
+                              .dout = head_rows<const T>(op.dout),
+                              .dq = head_rows<T>(op.dq),
+                              .dk = head_rows<T>(op.dk),
+                              .dv = head_rows<T>(op.dv),
+                              .q_words = takes_packs<T>(op.q),
+                              .k_words = takes_packs<T>(op.k),
+                              .v_words = takes_packs<T>(op.v),
+                              .dout_words = takes_packs<T>(op.dout),
+                              .dq_words = takes_packs<T>(op.dq),
+                              .dk_words = takes_packs<T>(op.dk),
+                              .dv_words = takes_packs<T>(op.dv),
+                              .facts = facts,
+                              .scale = static_cast<float>(op.scale),
+                              .sums = sums.template at<float>(),
+                              .turns = turns.template at<uint32_t>(),
+                              .tickets = turns.template at<uint32_t>() + tiles};
+    const int64_t blocks = x.H / x.group * blocks_of(x.sequences, x.keys, ragged, kN);
+    if (blocks > 0)
+      launch(
+          "attention_backward", attention_backward_halves<T, kD, kN, plain>,
+          Grid{.blocks = dim3(blocks), .threads = dim3(Tiles::kThreads), .shared = sizeof(Tiles)},
+          stream, a);
+    if (tiles > 0)
+      launch("finish_dq", finish_dq<T, kD, kN>, Grid{.blocks = dim3(tiles), .threads = dim3(256)},
+             stream, a);
+    return true;
+  };
+  const auto with_width = [&]<bool plain>() {
+    const int width = x.D > x.E ? x.D : x.E;
+    if (width <= 64) return start.template operator()<64, 128, plain>();
+    if (width <= 128)  // the smaller tile is for GPUs with 99 KB of shared memory
+      return start.template operator()<128, 128, plain>() ||
+             start.template operator()<128, 64, plain>();
+    return start.template operator()<256, 64, plain>();
+  };
+  return x.plain() ? with_width.template operator()<true>()
+                   : with_width.template operator()<false>();
+}
+
+}  // namespace pykern::cuda
