@@ -100,7 +100,7 @@ class PackedMask {
 
 // Where a sequence lies: its rows are those of batch `batch` from q_row and k_row on.
 struct Place {
-  int64_t batch, q_row, k_row;
+  int batch, q_row, k_row;
   int queries, keys;
   __device__ __forceinline__ int diagonal(int t) const { return keys - queries + t; }
 };

@@ -31,11 +31,21 @@ struct BackwardHalves {
   uint32_t* tickets;             // how many blocks have begun
 
   // The tile that begins with query `first` of sequence b.
-  __device__ __forceinline__ int64_t tile(const Place& at, int b, int h, int first) const {
+  __device__ __forceinline__ int tile(const Place& at, int b, int h, int first) const {
     const Scores<T>& x = scores;
-    if (x.cu_q) return h * (int64_t{x.queries} / kM + x.sequences) + at.q_row / kM + b + first / kM;
-    return (int64_t{b} * x.H + h) * ((x.queries + kM - 1) / kM) + first / kM;
+    if (x.cu_q) return h * (x.queries / kM + x.sequences) + at.q_row / kM + b + first / kM;
+    return (b * x.H + h) * ((x.queries + kM - 1) / kM) + first / kM;
   }
+};
+
+// What a block does, for all its threads: in shared memory, since registers are for the sums.
+struct BackwardPlan {
+  Place at;
+  int b, g, first, last;  // its keys
+  int begin, end;         // tiles of queries of each head that may see them
+  int next_h, next_m;     // the next tile that does; none: next_h is the head behind the last one
+  int next_found;         // Class
+  int others;             // blocks before this one have added to the tile of dq
 };
 
 template <class T, int kD_, int kN_>
@@ -57,11 +67,11 @@ struct BackwardTiles {
   Tile<T, kN, kM> ds;
   Stage stage[kStages];
   uint32_t strange_keys[kN / 32], strange_queries[kM / 32];
-  uint32_t ticket;
+  BackwardPlan plan;
 };
 
 template <class T, int kD, int kN, bool kPlain>
-__global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 64 * 128 ? 2 : 1)
+__global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
     attention_backward_halves(const BackwardHalves<T> a) {
   using Tiles = BackwardTiles<T, kD, kN>;
   using Stage = typename Tiles::Stage;
@@ -71,64 +81,81 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
   const Scores<T>& x = a.scores;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 
-  if (threadIdx.x == 0) shared.ticket = atomicAdd(a.tickets, 1u);
+  BackwardPlan& plan = shared.plan;
   if (threadIdx.x < kN / 32) shared.strange_keys[threadIdx.x] = 0;
   if (threadIdx.x < kM / 32) shared.strange_queries[threadIdx.x] = 0;
+  if (warp == 0) {
+    const uint32_t own = lane == 0 ? atomicAdd(a.tickets, 1u) : 0;
+    const int ticket = static_cast<int>(__shfl_sync(kAllLanes, own, 0));
+    const int heads = x.H / x.group, rest = ticket / heads;
+    BlockPlace mine{rest % x.sequences, rest / x.sequences * kN};
+    if (x.cu_k) mine = ragged_block<kN>(x.cu_k, x.cu_k_step, x.sequences, x.keys, rest);
+    if (lane == 0) {
+      plan.b = mine.sequence, plan.first = mine.first, plan.g = ticket % heads;
+      if (plan.b >= 0) {
+        const Place at = x.place(plan.b);
+        plan.at = at;
+        plan.last = (plan.first + kN < at.keys ? plan.first + kN : at.keys) - 1;
+        plan.begin = x.first_query(at, plan.first) / kM;
+        plan.end = at.queries > 0 ? (x.end_query(at, plan.last) + kM - 1) / kM : 0;
+        plan.next_h = plan.g * x.group, plan.next_m = plan.begin;
+      }
+    }
+  }
   __syncthreads();
-  const int heads = x.H / x.group, ticket = static_cast<int>(shared.ticket);
-  const int g = ticket % heads, rest = ticket / heads;
-  BlockPlace mine{rest % x.sequences, rest / x.sequences * kN};
-  if (x.cu_k) mine = ragged_block<kN>(x.cu_k, x.cu_k_step, x.sequences, x.keys, rest);
-  if (mine.sequence < 0) return;
-  const int b = mine.sequence, first = mine.first;
-  const Place at = x.place(b);
-  const int last = (first + kN < at.keys ? first + kN : at.keys) - 1;
+  if (plan.b < 0) return;
 
-  const int begin = x.first_query(at, first) / kM;
-  const int end = at.queries > 0 ? (x.end_query(at, last) + kM - 1) / kM : 0;
-  const int last_head = (g + 1) * x.group - 1;
-  const auto look = [&](int h, int m, int from) {  // at keys [from, from + kN) of this sequence
-    const int t0 = m * kM, t1 = t0 + kM < at.queries ? t0 + kM - 1 : at.queries - 1;
+  const auto look = [&](int h, int m, int from) {  // at keys [from, from + kN)
+    const int t0 = m * kM, t1 = t0 + kM < plan.at.queries ? t0 + kM - 1 : plan.at.queries - 1;
     int classes = 0;
-#pragma unroll
-    for (int i = 0; i < kN / kKeys; ++i) classes |= x.look(at, b, h, t0, t1, from / kKeys + i);
+    for (int i = 0; i < kN / kKeys; ++i)
+      classes |= x.look(plan.at, plan.b, h, t0, t1, from / kKeys + i);
     return classes;
   };
-  // The next tile of queries that sees some of the keys, head after head.
-  int next_h = g * x.group, next_m = begin, found = 0;
-  const auto seek = [&] {
-    for (; next_h <= last_head; ++next_h, next_m = begin)
-      for (; next_m < end; ++next_m)
-        if ((found = look(next_h, next_m, first)) & kSeen) return;
+  const auto seek = [&](int h, int m) {  // one thread: from tile m of head h on
+    for (; h < (plan.g + 1) * x.group; ++h, m = plan.begin)
+      for (; m < plan.end; ++m)
+        if (const int found = look(h, m, plan.first); found & kSeen) {
+          plan.next_h = h, plan.next_m = m, plan.next_found = found;
+          return;
+        }
+    plan.next_h = h;
   };
-  seek();
+  const auto there = [&] { return plan.next_h < (plan.g + 1) * x.group; };
 
   const auto fetch_queries = [&](Stage& to) {
-    Fetch<T, Tile<T, kM, kD>, kThreads>(a.q.at(at.batch, next_h, at.q_row), a.q.row, x.D,
-                                        a.q_words)(to.q, next_m * kM, at.queries);
-    Fetch<T, Tile<T, kM, kD>, kThreads>(a.dout.at(at.batch, next_h, at.q_row), a.dout.row, x.E,
-                                        a.dout_words)(to.dout, next_m * kM, at.queries);
+    const Place& at = plan.at;
+    const int h = plan.next_h, first = plan.next_m * kM;
+    Fetch<T, Tile<T, kM, kD>, kThreads>(a.q.at(at.batch, h, at.q_row), a.q.row, x.D, a.q_words)(
+        to.q, first, at.queries);
+    Fetch<T, Tile<T, kM, kD>, kThreads>(a.dout.at(at.batch, h, at.q_row), a.dout.row, x.E,
+                                        a.dout_words)(to.dout, first, at.queries);
     cp_async_commit();
-    const int t = next_m * kM + threadIdx.x % kM;
+    const int t = first + threadIdx.x % kM;
     if (threadIdx.x < kM) {
       float shift = INFINITY, delta = 0;  // a query that is not there has no weights
       if (t < at.queries) {
-        const auto& row = a.facts[(at.batch * x.H + next_h) * x.queries + at.q_row + t];
+        const auto& row = a.facts[(int64_t{at.batch} * x.H + h) * x.queries + at.q_row + t];
         shift = row.shift, delta = row.delta;
       }
       to.shift[threadIdx.x] = shift, to.delta[threadIdx.x] = delta;
     }
-    if (found & kHidden)
+    if (plan.next_found & kHidden)
       for (int i = threadIdx.x; i < kN / kKeys * kM; i += kThreads)
-        to.words[i / kM][i % kM] = x.visible(at, b, next_h, t, first / kKeys + i / kM);
+        to.words[i / kM][i % kM] = x.visible(at, plan.b, h, t, plan.first / kKeys + i / kM);
   };
 
-  Fetch<T, Tile<T, kN, kD>, kThreads>(a.k.at(at.batch, g, at.k_row), a.k.row, x.D, a.k_words)(
-      shared.k, first, last + 1);
-  Fetch<T, Tile<T, kN, kD>, kThreads>(a.v.at(at.batch, g, at.k_row), a.v.row, x.E, a.v_words)(
-      shared.v, first, last + 1);
-  if (next_h <= last_head) fetch_queries(shared.stage[0]);
+  if (threadIdx.x == 0) seek(plan.next_h, plan.next_m);
+  {
+    const Place& at = plan.at;
+    Fetch<T, Tile<T, kN, kD>, kThreads>(a.k.at(at.batch, plan.g, at.k_row), a.k.row, x.D,
+                                        a.k_words)(shared.k, plan.first, plan.last + 1);
+    Fetch<T, Tile<T, kN, kD>, kThreads>(a.v.at(at.batch, plan.g, at.k_row), a.v.row, x.E,
+                                        a.v_words)(shared.v, plan.first, plan.last + 1);
+  }
   cp_async_commit();
+  __syncthreads();  // who is next is known
+  if (there()) fetch_queries(shared.stage[0]);
   cp_async_wait<0>();
   __syncthreads();
   find_strange<kThreads>(shared.k, shared.strange_keys);
@@ -140,19 +167,19 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
   const int key16 = warp % Tiles::kKeyWarps * 16, split = warp / Tiles::kKeyWarps;
   const int my_key = key16 + lane / 4;  // and the eighth behind it
   float dk[kOwn / 8][4] = {}, dv[kOwn / 8][4] = {};
-  int64_t added = -1;  // the tile of dq that this block has added to and not said so
+  int added = -1;  // the tile of dq that this block has added to and not said so
 
 #pragma unroll 1
-  for (int turn = 0; next_h <= last_head; turn = (turn + 1) % kStages) {
-    const int h = next_h, t0 = next_m * kM;
-    const bool partial = (found & kHidden) != 0;
+  for (int turn = 0; there(); turn = (turn + 1) % kStages) {
+    const int h = plan.next_h, m = plan.next_m, t0 = m * kM;
+    const bool partial = (plan.next_found & kHidden) != 0;
     Stage& now = shared.stage[turn];
     cp_async_wait<0>();
     __syncthreads();  // the queries are there; those before, and ds, have been read
-    if (threadIdx.x == 0 && added >= 0) store_release(a.turns + added, first / kN + 1u);
-    ++next_m;
-    seek();
-    if (kStages > 1 && next_h <= last_head) fetch_queries(shared.stage[(turn + 1) % kStages]);
+    if (threadIdx.x == 0) {
+      if (added >= 0) store_release(a.turns + added, plan.first / kN + 1u);
+      seek(h, m + 1);
+    }
 
     bool strange = strange_key;
     if (partial) {
@@ -166,8 +193,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
       }
     }
 
-    // s^T and dp^T: piece n of half `half` is key my_key + 8 half, queries 8 n + 2 (lane % 4) + r
-    float s[kWide][4] = {}, dp[kWide][4] = {};
+    // Products with the transposed: piece n, number i is key my_key + 8 (i / 2), query
+    // 8 n + 2 (lane % 4) + i % 2.
     const auto multiply_rows = [&](const Tile<T, kN, kD>& left, const Tile<T, kM, kD>& right,
                                    float (&to)[kWide][4]) {
       const LaneRows<true, kD> down;
@@ -184,94 +211,65 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
         }
       }
     };
-    multiply_rows(shared.k, now.q, s);
-    multiply_rows(shared.v, now.dout, dp);
-
-    const auto each = [&](const auto& body) {  // body(n, i, query): piece n, number i
+    const auto each = [&](const auto& body) {  // body(n, i, query)
 #pragma unroll
       for (int n = 0; n < kWide; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) body(n, i, 8 * n + lane % 4 * 2 + i % 2);
     };
-    const auto key_of = [&](int i) { return first + my_key + i / 2 * 8; };
+    const auto key_of = [&](int i) { return plan.first + my_key + i / 2 * 8; };
     const auto sees = [&](int i, int query) {  // by window and mask
       return !partial || (now.words[key16 / kKeys][query] >> (my_key % kKeys + i / 2 * 8) & 1) != 0;
     };
-    uint32_t keep = ~0u;  // bit 4 n + i
+
+    uint32_t p[kM / 16][4];  // the weights, as a left factor over the queries
+    [[maybe_unused]] uint32_t cap_slope[kM / 16][4];
+    [[maybe_unused]] uint32_t keep = ~0u;  // what dropout keeps: bit 4 n + i
     const float grown = static_cast<float>(x.dropout.factor);
-    if constexpr (!kPlain) {
-      if (x.dropout.threshold != 0) {
-        const uint64_t seed = static_cast<uint64_t>(*x.dropout.seed);
-        keep = 0;
-#pragma unroll 1
-        for (int j = 0; j < 4 * kWide; ++j) {
-          const int key = key_of(j % 4), t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
-          const uint32_t bits = keep_bits(x.dropout, seed, b, h, t, key / kKeys, key % 16);
-          keep |= (bits >> key % kKeys / 16 & 1) << j;
-        }
-        each([&](int n, int i, int) {
-          dp[n][i] = keep >> (4 * n + i) & 1 ? dp[n][i] * grown : 0.0f;
-        });
-      }
-    }
-    each([&](int n, int i, int query) { dp[n][i] -= now.delta[query]; });
-    if constexpr (!kPlain) {
-      each([&](int n, int i, int) { s[n][i] *= x.scale; });
-      if (x.cap != 0)
-        each([&](int n, int i, int) {
-          const float t = hyperbolic_tangent_for<T>(s[n][i]);
-          s[n][i] = x.cap * t, dp[n][i] *= 1 - t * t;
-        });
-      if (x.slopes) {
-        const float slope = -x.slope(b, h);
-        each([&](int n, int i, int query) {
-          s[n][i] = fmaf(slope, fabsf(float(at.diagonal(t0 + query) - key_of(i))), s[n][i]);
-        });
-      }
-      if (x.bias.data)
-        each([&](int n, int i, int query) {
-          if (!sees(i, query) || t0 + query >= at.queries) return;
-          const float bias = widen(x.bias.at(b, h, t0 + query)[key_of(i) * x.bias_key]);
-          s[n][i] = bias == -INFINITY
-                        ? bias
-                        : fmaf(fmaxf(bias, kLeastBias<float>), float(kBitsPerNat), s[n][i]);
-        });
-    }
-    // s becomes p, and dp ds
-    const float factor = kPlain ? x.scale : 1.0f;
-    each([&](int n, int i, int query) {
-      float p = exp2_approx(fmaf(s[n][i], factor, -now.shift[query])), ds = p * dp[n][i];
+    {
+      float s[kWide][4] = {};
+      multiply_rows(shared.k, now.q, s);
       if constexpr (!kPlain) {
-        if (s[n][i] == -INFINITY) p = ds = 0;  // whatever dp is
-        if (x.dropout.threshold != 0) p = keep >> (4 * n + i) & 1 ? p * grown : 0.0f;
+        each([&](int n, int i, int) { s[n][i] *= x.scale; });
+        if (x.cap != 0) {
+          float slope[kWide][4];
+          each([&](int n, int i, int) {
+            const float t = hyperbolic_tangent_for<T>(s[n][i]);
+            s[n][i] = x.cap * t, slope[n][i] = 1 - t * t;
+          });
+          left_factors<T, kM / 16>(slope, cap_slope);
+        }
+        if (x.slopes) {
+          const float slope = -x.slope(plan.b, h);
+          each([&](int n, int i, int query) {
+            s[n][i] = fmaf(slope, fabsf(float(plan.at.diagonal(t0 + query) - key_of(i))), s[n][i]);
+          });
+        }
+        if (x.bias.data)
+          each([&](int n, int i, int query) {
+            if (!sees(i, query) || t0 + query >= plan.at.queries) return;
+            const float bias = widen(x.bias.at(plan.b, h, t0 + query)[key_of(i) * x.bias_key]);
+            s[n][i] = bias == -INFINITY
+                          ? bias
+                          : fmaf(fmaxf(bias, kLeastBias<float>), float(kBitsPerNat), s[n][i]);
+          });
       }
-      s[n][i] = p, dp[n][i] = ds;
-    });
-    if (partial)
+      const float factor = kPlain ? x.scale : 1.0f;
       each([&](int n, int i, int query) {
-        if (!sees(i, query)) s[n][i] = dp[n][i] = 0;
+        s[n][i] = exp2_approx(fmaf(s[n][i], factor, -now.shift[query]));
       });
-    if (strange) {  // rare: who sees such a number has no gradient
-      each([&](int n, int i, int query) {
-        const int key = my_key + i / 2 * 8;
-        const bool odd = (shared.strange_keys[key / 32] >> key % 32 & 1) != 0 ||
-                         (shared.strange_queries[query / 32] >> query % 32 & 1) != 0;
-        if (odd && sees(i, query)) s[n][i] = dp[n][i] = NAN;
-      });
+      if (partial)
+        each([&](int n, int i, int query) { s[n][i] = sees(i, query) ? s[n][i] : 0.0f; });
+      if (strange)  // rare: who sees such a number has no gradient
+        each([&](int n, int i, int query) {
+          const int key = my_key + i / 2 * 8;
+          const bool odd = (shared.strange_keys[key / 32] >> key % 32 & 1) != 0 ||
+                           (shared.strange_queries[query / 32] >> query % 32 & 1) != 0;
+          if (odd && sees(i, query)) s[n][i] = NAN;
+        });
+      left_factors<T, kM / 16>(s, p);
     }
 
-    // p and ds as left factors over the queries, and ds for all warps
-    uint32_t p[kM / 16][4], ds[kM / 16][4];
-    left_factors<T, kM / 16>(s, p);
-    left_factors<T, kM / 16>(dp, ds);
-    if (split == 0) {
-#pragma unroll
-      for (int n = 0; n < kWide; ++n)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<uint32_t*>(shared.ds.chunk(my_key + 8 * half, n) + lane % 4 * 2) =
-              ds[n / 2][n % 2 * 2 + half];
-    }
     const auto accumulate = [&](const uint32_t (&left)[kM / 16][4], const Tile<T, kM, kD>& right,
                                 float (&to)[kOwn / 8][4]) {
       const LaneRows<true, kD> down;
@@ -285,23 +283,78 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
           multiply(to[2 * e + 1], left[query], r[2], r[3], T{});
         }
     };
-    accumulate(p, now.dout, dv);
-    const int64_t tile = a.tile(at, b, h, t0);
-    int before = first - kN;  // the keys of the last block before this one that has added
-    if (threadIdx.x == 0) {
-      while (before >= 0 && !(look(h, t0 / kM, before) & kSeen)) before -= kN;
-      if (before >= 0) await_value(a.turns + tile, before / kN + 1u);
-      shared.ticket = before >= 0;
+    bool dropped = false;
+    if constexpr (!kPlain) {
+      dropped = x.dropout.threshold != 0;
+      if (dropped) {
+        const uint64_t seed = static_cast<uint64_t>(*x.dropout.seed);
+        keep = 0;
+#pragma unroll 1
+        for (int j = 0; j < 4 * kWide; ++j) {
+          const int key = key_of(j % 4), t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
+          const uint32_t bits = keep_bits(x.dropout, seed, plan.b, h, t, key / kKeys, key % 16);
+          keep |= (bits >> key % kKeys / 16 & 1) << j;
+        }
+        float kept_p[kWide][4];
+        uint32_t left[kM / 16][4];
+        each([&](int n, int i, int) {
+          kept_p[n][i] = keep >> (4 * n + i) & 1 ? number_of<T>(p, n, i) * grown : 0.0f;
+        });
+        left_factors<T, kM / 16>(kept_p, left);
+        accumulate(left, now.dout, dv);
+      }
     }
-    __syncthreads();  // ds is there, and it is this block's turn
+    if (!dropped) accumulate(p, now.dout, dv);
+
+    uint32_t ds[kM / 16][4];
+    {
+      float dp[kWide][4] = {};
+      multiply_rows(shared.v, now.dout, dp);
+      if constexpr (!kPlain) {
+        if (dropped)
+          each([&](int n, int i, int) {
+            dp[n][i] = keep >> (4 * n + i) & 1 ? dp[n][i] * grown : 0.0f;
+          });
+      }
+      each([&](int n, int i, int query) {
+        dp[n][i] = number_of<T>(p, n, i) * (dp[n][i] - now.delta[query]);
+      });
+      if constexpr (!kPlain) {
+        if (x.cap != 0) each([&](int n, int i, int) { dp[n][i] *= number_of<T>(cap_slope, n, i); });
+      }
+      if (partial || !kPlain)  // hidden, or as good as hidden: whatever dp is
+        each([&](int n, int i, int) { dp[n][i] = number_of<T>(p, n, i) == 0 ? 0.0f : dp[n][i]; });
+      left_factors<T, kM / 16>(dp, ds);
+    }
+    if (split == 0) {
+      const int key = kept(my_key);
+#pragma unroll
+      for (int n = 0; n < kWide; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          *reinterpret_cast<uint32_t*>(shared.ds.chunk(key + 8 * half, n) + lane % 4 * 2) =
+              ds[n / 2][n % 2 * 2 + half];
+    }
+    const int tile = a.tile(plan.at, plan.b, h, t0);
+    if (threadIdx.x == 0) {
+      int before = plan.first - kN;  // the keys of the last block before this one that has added
+      while (before >= 0 && !(look(h, m, before) & kSeen)) before -= kN;
+      if (before >= 0) await_value(a.turns + tile, before / kN + 1u);
+      plan.others = before >= 0;
+    }
+    __syncthreads();  // ds is there, it is this block's turn, and who is next is known
+    if (kStages > 1 && there()) fetch_queries(shared.stage[(turn + 1) % kStages]);
     accumulate(ds, now.q, dk);
 
-    // dq: 32 queries by kDqColumns a warp
-    const int rows = warp % 2 * 32, columns = warp / 2 * Tiles::kDqColumns;
-    float dq[2][Tiles::kDqPieces][4] = {};
-    {
+    // dq: 32 queries by kDqColumns a warp, as many columns at a time as registers are left for
+    constexpr int kAtOnce = Tiles::kDqColumns < 32 ? Tiles::kDqColumns : 32;
+    const int rows = warp % 2 * 32;
+#pragma unroll 1
+    for (int column = 0; column < Tiles::kDqColumns; column += kAtOnce) {
       const LaneRows<false, kM> across;
       const LaneRows<true, kD> down;
+      const int columns = warp / 2 * Tiles::kDqColumns + column;
+      float dq[2][kAtOnce / 8][4] = {};
 #pragma unroll
       for (int key = 0; key < kN; key += 16) {
         uint32_t l[2][4], r[4];
@@ -309,7 +362,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
         for (int i = 0; i < 2; ++i)
           ldmatrix_x4_trans(l[i], across(shared.ds.of, key, rows / 16 + i));
 #pragma unroll
-        for (int c = 0; c < Tiles::kDqColumns / 16; ++c) {
+        for (int c = 0; c < kAtOnce / 16; ++c) {
           ldmatrix_x4_trans(r, down(shared.k.of, key, columns / 16 + c));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
@@ -318,21 +371,21 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
           }
         }
       }
+      const bool others = plan.others != 0;
+      float* sums = a.sums + int64_t{tile} * (kM * kD) + column / 8 * 4 * kThreads + threadIdx.x;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int c = 0; c < kAtOnce / 8; ++c)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            float* to = sums + ((i * Tiles::kDqPieces + c) * 4 + r) * kThreads;
+            if (others)
+              atomicAdd(to, dq[i][c][r]);  // in its turn, so in order; without waiting for the sum
+            else
+              *to = dq[i][c][r];
+          }
     }
-    const bool others = shared.ticket != 0;
-    float* sums = a.sums + tile * (kM * kD) + threadIdx.x;
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int c = 0; c < Tiles::kDqPieces; ++c)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          float* to = sums + ((i * Tiles::kDqPieces + c) * 4 + r) * kThreads;
-          if (others)
-            atomicAdd(to, dq[i][c][r]);  // in its turn, so in order; without waiting for the sum
-          else
-            *to = dq[i][c][r];
-        }
     added = tile;
     if (partial) {
       __syncthreads();
@@ -340,13 +393,13 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
     }
     if (kStages == 1) {
       __syncthreads();  // the queries have been read
-      if (next_h <= last_head) fetch_queries(shared.stage[0]);
+      if (there()) fetch_queries(shared.stage[0]);
     }
   }
 
   cp_async_wait<0>();
   __syncthreads();  // all have read the keys, and added
-  if (threadIdx.x == 0 && added >= 0) store_release(a.turns + added, first / kN + 1u);
+  if (threadIdx.x == 0 && added >= 0) store_release(a.turns + added, plan.first / kN + 1u);
   const auto put = [&](float (&sum)[kOwn / 8][4], float scale, Tile<T, kN, kD>& to) {
 #pragma unroll
     for (int e = 0; e < kOwn / 8; ++e)
@@ -363,10 +416,11 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, kN* kD <= 
 #pragma unroll 1
     for (int i = threadIdx.x; i < kN * (kD / kChunk); i += kThreads) {
       const int row = i / (kD / kChunk), c = i % (kD / kChunk), valid = width - c * kChunk;
-      if (first + row > last || valid <= 0) continue;
+      if (plan.first + row > plan.last || valid <= 0) continue;
       float v[kChunk];
       load(from.chunk(row, c), kChunk, true, v);
-      store(to.at(at.batch, g, at.k_row + first + row) + c * kChunk, valid, words, v);
+      store(to.at(plan.at.batch, plan.g, plan.at.k_row + plan.first + row) + c * kChunk, valid,
+            words, v);
     }
   };
   write(shared.k, a.dk, x.D, a.dk_words);

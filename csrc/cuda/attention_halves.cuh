@@ -78,6 +78,16 @@ __device__ __forceinline__ void left_factors(const float (&product)[2 * n][4],
           rounded_pair<T>(product[2 * k + i / 2][i % 2 * 2], product[2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
+// Number i of piece n of such factors
+template <class T, int k>
+__device__ __forceinline__ float number_of(const uint32_t (&a)[k][4], int n, int i) {
+  const uint32_t pair = a[n / 2][n % 2 * 2 + i / 2];
+  if constexpr (std::is_same_v<T, bf16>)
+    return __uint_as_float(i % 2 == 0 ? pair << 16 : pair & 0xffff0000);
+  else
+    return f16_value(static_cast<uint16_t>(i % 2 == 0 ? pair : pair >> 16));
+}
+
 // Copies rows [first, end) of a matrix into a tile, 16 bytes a thread; what is not there becomes 0.
 // Rows that are not aligned are copied number by number.
 template <class T, class Tile_, int kThreads>
@@ -87,12 +97,13 @@ struct Fetch {
   static_assert(kTimes * kStep == Tile_::kRows);
 
   __device__ __forceinline__ Fetch(const T* rows, int64_t stride, int width, bool words)
-      : from_(rows + threadIdx.x % kPerRow * kChunk), stride_(stride), words_(words) {
-    const int left = width - static_cast<int>(threadIdx.x) % kPerRow * kChunk;
+      : thread_(kept(static_cast<int>(threadIdx.x))), stride_(stride), words_(words) {
+    const int column = thread_ % kPerRow * kChunk, left = width - column;
     valid_ = left < 0 ? 0 : left > kChunk ? kChunk : left;
+    from_ = rows + column;
   }
   __device__ __forceinline__ void operator()(Tile_& tile, int first, int end) const {
-    const int line = threadIdx.x / kPerRow, c = threadIdx.x % kPerRow;
+    const int line = thread_ / kPerRow, c = thread_ % kPerRow;
     const T* from = from_ + (first + line) * stride_;
     const int left = end - first - line;  // rows from this thread's first one on
     if (words_) {
@@ -111,6 +122,7 @@ struct Fetch {
   }
 
  private:
+  int thread_;  // kept(): what follows from it is computed where it is used
   const T* from_;
   int64_t stride_;
   int valid_;
