@@ -45,7 +45,10 @@ struct BackwardPlan {
   int begin, end;         // tiles of queries of each head that may see them
   int next_h, next_m;     // the next tile that does; none: next_h is the head behind the last one
   int next_found;         // Class
-  int others;             // blocks before this one have added to the tile of dq
+  int h, m, found;        // the tile that is taken now
+  int tile;               // of dq, to which this block adds; those before are said to be done
+  bool others;            // blocks before this one have added to it
+  bool strange_keys;      // some
 };
 
 template <class T, int kD_, int kN_>
@@ -98,7 +101,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
         plan.last = (plan.first + kN < at.keys ? plan.first + kN : at.keys) - 1;
         plan.begin = x.first_query(at, plan.first) / kM;
         plan.end = at.queries > 0 ? (x.end_query(at, plan.last) + kM - 1) / kM : 0;
-        plan.next_h = plan.g * x.group, plan.next_m = plan.begin;
+        plan.next_h = plan.g * x.group, plan.next_m = plan.begin, plan.tile = -1;
       }
     }
   }
@@ -120,6 +123,9 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
           return;
         }
     plan.next_h = h;
+  };
+  const auto begin_next = [&] {  // one thread
+    plan.h = plan.next_h, plan.m = plan.next_m, plan.found = plan.next_found;
   };
   const auto there = [&] { return plan.next_h < (plan.g + 1) * x.group; };
 
@@ -156,32 +162,35 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
   cp_async_commit();
   __syncthreads();  // who is next is known
   if (there()) fetch_queries(shared.stage[0]);
+  if (threadIdx.x == 0) begin_next();
   cp_async_wait<0>();
   __syncthreads();
   find_strange<kThreads>(shared.k, shared.strange_keys);
   __syncthreads();
-  bool strange_key = false;  // some key
-  for (const uint32_t word : shared.strange_keys) strange_key = strange_key || word != 0;
-  if (strange_key) replace_strange<kThreads>(shared.k);
+  {
+    uint32_t some = 0;
+    for (const uint32_t word : shared.strange_keys) some |= word;
+    if (threadIdx.x == 0) plan.strange_keys = some != 0;
+    if (some != 0) replace_strange<kThreads>(shared.k);
+  }
 
   const int key16 = warp % Tiles::kKeyWarps * 16, split = warp / Tiles::kKeyWarps;
   const int my_key = key16 + lane / 4;  // and the eighth behind it
   float dk[kOwn / 8][4] = {}, dv[kOwn / 8][4] = {};
-  int added = -1;  // the tile of dq that this block has added to and not said so
 
 #pragma unroll 1
   for (int turn = 0; there(); turn = (turn + 1) % kStages) {
-    const int h = plan.next_h, m = plan.next_m, t0 = m * kM;
-    const bool partial = (plan.next_found & kHidden) != 0;
     Stage& now = shared.stage[turn];
     cp_async_wait<0>();
     __syncthreads();  // the queries are there; those before, and ds, have been read
     if (threadIdx.x == 0) {
-      if (added >= 0) store_release(a.turns + added, plan.first / kN + 1u);
-      seek(h, m + 1);
+      if (plan.tile >= 0) store_release(a.turns + plan.tile, plan.first / kN + 1u);
+      seek(plan.h, plan.m + 1);
     }
+    const bool partial = (plan.found & kHidden) != 0;
+    const auto t0 = [&] { return plan.m * kM; };
 
-    bool strange = strange_key;
+    bool strange = plan.strange_keys;
     if (partial) {
       find_strange<kThreads>(now.q, shared.strange_queries);
       find_strange<kThreads>(now.dout, shared.strange_queries);
@@ -199,7 +208,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
                                    float (&to)[kWide][4]) {
       const LaneRows<true, kD> down;
       const LaneRows<false, kD> across;
-#pragma unroll
+      [[maybe_unused]] constexpr int kSteps = kN < 128 ? 4 : kD / 16;  // at once: registers
+#pragma unroll kSteps
       for (int d = 0; d < kD / 16; ++d) {
         uint32_t l[4], r[4];
         ldmatrix_x4(l, down(left.of, key16, d));
@@ -240,15 +250,17 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
           left_factors<T, kM / 16>(slope, cap_slope);
         }
         if (x.slopes) {
-          const float slope = -x.slope(plan.b, h);
+          const float slope = -x.slope(plan.b, plan.h);
           each([&](int n, int i, int query) {
-            s[n][i] = fmaf(slope, fabsf(float(plan.at.diagonal(t0 + query) - key_of(i))), s[n][i]);
+            s[n][i] =
+                fmaf(slope, fabsf(float(plan.at.diagonal(t0() + query) - key_of(i))), s[n][i]);
           });
         }
         if (x.bias.data)
           each([&](int n, int i, int query) {
-            if (!sees(i, query) || t0 + query >= plan.at.queries) return;
-            const float bias = widen(x.bias.at(plan.b, h, t0 + query)[key_of(i) * x.bias_key]);
+            if (!sees(i, query) || t0() + query >= plan.at.queries) return;
+            const float bias =
+                widen(x.bias.at(plan.b, plan.h, t0() + query)[key_of(i) * x.bias_key]);
             s[n][i] = bias == -INFINITY
                           ? bias
                           : fmaf(fmaxf(bias, kLeastBias<float>), float(kBitsPerNat), s[n][i]);
@@ -291,8 +303,9 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
         keep = 0;
 #pragma unroll 1
         for (int j = 0; j < 4 * kWide; ++j) {
-          const int key = key_of(j % 4), t = t0 + j / 4 * 8 + lane % 4 * 2 + j % 2;
-          const uint32_t bits = keep_bits(x.dropout, seed, plan.b, h, t, key / kKeys, key % 16);
+          const int key = key_of(j % 4), t = t0() + j / 4 * 8 + lane % 4 * 2 + j % 2;
+          const uint32_t bits =
+              keep_bits(x.dropout, seed, plan.b, plan.h, t, key / kKeys, key % 16);
           keep |= (bits >> key % kKeys / 16 & 1) << j;
         }
         float kept_p[kWide][4];
@@ -335,14 +348,15 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
           *reinterpret_cast<uint32_t*>(shared.ds.chunk(key + 8 * half, n) + lane % 4 * 2) =
               ds[n / 2][n % 2 * 2 + half];
     }
-    const int tile = a.tile(plan.at, plan.b, h, t0);
     if (threadIdx.x == 0) {
+      plan.tile = a.tile(plan.at, plan.b, plan.h, t0());
       int before = plan.first - kN;  // the keys of the last block before this one that has added
-      while (before >= 0 && !(look(h, m, before) & kSeen)) before -= kN;
-      if (before >= 0) await_value(a.turns + tile, before / kN + 1u);
+      while (before >= 0 && !(look(plan.h, plan.m, before) & kSeen)) before -= kN;
+      if (before >= 0) await_value(a.turns + plan.tile, before / kN + 1u);
       plan.others = before >= 0;
     }
     __syncthreads();  // ds is there, it is this block's turn, and who is next is known
+    if (threadIdx.x == 0) begin_next();
     if (kStages > 1 && there()) fetch_queries(shared.stage[(turn + 1) % kStages]);
     accumulate(ds, now.q, dk);
 
@@ -371,8 +385,9 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
           }
         }
       }
-      const bool others = plan.others != 0;
-      float* sums = a.sums + int64_t{tile} * (kM * kD) + column / 8 * 4 * kThreads + threadIdx.x;
+      const bool others = plan.others;
+      float* sums =
+          a.sums + int64_t{plan.tile} * (kM * kD) + column / 8 * 4 * kThreads + threadIdx.x;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -386,7 +401,6 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
               *to = dq[i][c][r];
           }
     }
-    added = tile;
     if (partial) {
       __syncthreads();
       if (threadIdx.x < kM / 32) shared.strange_queries[threadIdx.x] = 0;
@@ -399,7 +413,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
 
   cp_async_wait<0>();
   __syncthreads();  // all have read the keys, and added
-  if (threadIdx.x == 0 && added >= 0) store_release(a.turns + added, plan.first / kN + 1u);
+  if (threadIdx.x == 0 && plan.tile >= 0) store_release(a.turns + plan.tile, plan.first / kN + 1u);
   const auto put = [&](float (&sum)[kOwn / 8][4], float scale, Tile<T, kN, kD>& to) {
 #pragma unroll
     for (int e = 0; e < kOwn / 8; ++e)
@@ -425,99 +439,6 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
   };
   write(shared.k, a.dk, x.D, a.dk_words);
   write(shared.v, a.dv, x.E, a.dv_words);
-}
-
-// dq = scale times its sums, a block per tile of queries; 0 where nobody has added.
-template <class T, int kD, int kN>
-__global__ void __launch_bounds__(256) finish_dq(const BackwardHalves<T> a) {
-  using Tiles = BackwardTiles<T, kD, kN>;
-  const Scores<T>& x = a.scores;
-  const int h = static_cast<int>(blockIdx.x % x.H), rest = static_cast<int>(blockIdx.x / x.H);
-  BlockPlace mine{rest % x.sequences, rest / x.sequences * kM};
-  if (x.cu_q) mine = ragged_block<kM>(x.cu_q, x.cu_q_step, x.sequences, x.queries, rest);
-  if (mine.sequence < 0) return;
-  const Place at = x.place(mine.sequence);
-  const int64_t tile = a.tile(at, mine.sequence, h, mine.first);
-  const bool some = a.turns[tile] != 0;
-  const float* sums = a.sums + tile * (kM * kD);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < kM * (kD / kChunk); i += 256) {
-    const int row = i / (kD / kChunk), column = i % (kD / kChunk) * kChunk;
-    if (mine.first + row >= at.queries || column >= x.D) continue;
-    // the warp that made these numbers, its first lane of the row, and its first piece of them
-    const int warp = column / Tiles::kDqColumns * 2 + row / 32, lane = row % 8 * 4;
-    const int piece = row / 16 % 2 * Tiles::kDqPieces + column % Tiles::kDqColumns / 8;
-    const float* from =
-        sums + (piece * 4 + row / 8 % 2 * 2) * Tiles::kThreads + warp * kWarp + lane;
-    float even[4] = {}, odd[4] = {}, v[kChunk];
-    if (some) {
-      load(from, 4, true, even);
-      load(from + Tiles::kThreads, 4, true, odd);
-    }
-#pragma unroll
-    for (int j = 0; j < 4; ++j) v[2 * j] = even[j] * a.scale, v[2 * j + 1] = odd[j] * a.scale;
-    store(a.dq.at(at.batch, h, at.q_row + mine.first + row) + column, x.D - column, a.dq_words, v);
-  }
-}
-
-template <class T>
-bool halves_backward(const AttentionBackward& op, const Scores<T>& x, const RowFacts<float>* facts,
-                     Stream stream) {
-  int most_shared = 0;
-  require(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                 op.q.device_index),
-          "cudaDeviceGetAttribute");
-  const bool ragged = x.cu_q != nullptr;
-  const auto start = [&]<int kD, int kN, bool plain>() {
-    using Tiles = BackwardTiles<T, kD, kN>;
-    if (sizeof(Tiles) > static_cast<size_t>(most_shared)) return false;
-    const int64_t tiles = x.H * blocks_of(x.sequences, x.queries, ragged, kM);
-    const Workspace turns((tiles + 1) * sizeof(uint32_t), stream);
-    const Workspace sums(tiles * kM * kD * sizeof(float), stream);
-    require(cudaMemsetAsync(turns.at<void>(), 0, (tiles + 1) * sizeof(uint32_t),
-                            static_cast<cudaStream_t>(stream)),
-            "cudaMemsetAsync");
-    const BackwardHalves<T> a{.scores = x,
-                              .q = head_rows<const T>(op.q),
-                              .k = head_rows<const T>(op.k),
-                              .v = head_rows<const T>(op.v),
-                              .dout = head_rows<const T>(op.dout),
-                              .dq = head_rows<T>(op.dq),
-                              .dk = head_rows<T>(op.dk),
-                              .dv = head_rows<T>(op.dv),
-                              .q_words = takes_packs<T>(op.q),
-                              .k_words = takes_packs<T>(op.k),
-                              .v_words = takes_packs<T>(op.v),
-                              .dout_words = takes_packs<T>(op.dout),
-                              .dq_words = takes_packs<T>(op.dq),
-                              .dk_words = takes_packs<T>(op.dk),
-                              .dv_words = takes_packs<T>(op.dv),
-                              .facts = facts,
-                              .scale = static_cast<float>(op.scale),
-                              .sums = sums.template at<float>(),
-                              .turns = turns.template at<uint32_t>(),
-                              .tickets = turns.template at<uint32_t>() + tiles};
-    const int64_t blocks = x.H / x.group * blocks_of(x.sequences, x.keys, ragged, kN);
-    if (blocks > 0)
-      launch(
-          "attention_backward", attention_backward_halves<T, kD, kN, plain>,
-          Grid{.blocks = dim3(blocks), .threads = dim3(Tiles::kThreads), .shared = sizeof(Tiles)},
-          stream, a);
-    if (tiles > 0)
-      launch("finish_dq", finish_dq<T, kD, kN>, Grid{.blocks = dim3(tiles), .threads = dim3(256)},
-             stream, a);
-    return true;
-  };
-  const auto with_width = [&]<bool plain>() {
-    const int width = x.D > x.E ? x.D : x.E;
-    if (width <= 64) return start.template operator()<64, 128, plain>();
-    if (width <= 128)  // the smaller tile is for GPUs with 99 KB of shared memory
-      return start.template operator()<128, 128, plain>() ||
-             start.template operator()<128, 64, plain>();
-    return start.template operator()<256, 64, plain>();
-  };
-  return x.plain() ? with_width.template operator()<true>()
-                   : with_width.template operator()<false>();
 }
 
 }  // namespace pykern::cuda

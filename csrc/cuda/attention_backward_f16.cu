@@ -1,4 +1,4 @@
-#include "cuda/attention_backward.cuh"
+#include "cuda/attention_halves_backward.cuh"
 
 namespace pykern::cuda {
 
