@@ -40,11 +40,11 @@
   X(mlp_forward, MlpForward) \
   X(mlp_backward, MlpBackward) \
   X(linear_cross_entropy, LinearCrossEntropy) \
+  X(attention_forward, AttentionForward) \
   /* end of the list */
 
 // Those that run on the CPU only:
 #define PYKERN_CPU_OPS(X) \
-  X(attention_forward, AttentionForward) \
   X(attention_backward, AttentionBackward) \
   X(attention_weights, AttentionWeights) \
   X(attention_dropout, AttentionDropout) \

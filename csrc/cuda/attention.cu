@@ -1,0 +1,14 @@
+// attention, forward: which kernel takes a call.
+#include "cuda/attention_plain.h"
+
+namespace pykern::cuda {
+
+void attention_forward(const AttentionForward& op, Stream stream) {
+  if (count(op.q) == 0) return;
+  const OnDevice device(op.q);
+  const PackedMask mask(op.mask, stream);
+  with_type(op.q.dtype,
+            [&]<class T>(T) { plain_forward<T>(op, scores_of<T>(op, mask.bits()), stream); });
+}
+
+}  // namespace pykern::cuda
