@@ -1,5 +1,6 @@
 // attention, forward: which kernel takes a call.
 #include "cuda/attention_halves.h"
+#include "cuda/attention_plain.h"
 
 namespace pykern::cuda {
 
@@ -12,7 +13,7 @@ void attention_forward(const AttentionForward& op, Stream stream) {
     if constexpr (kHalf<T>)
       halves_forward<T>(op, x, stream);
     else
-      fail(Kind::runtime, "not yet");
+      plain_forward<T>(op, x, stream);
   });
 }
 
