@@ -281,7 +281,7 @@ struct PairsOf {
         }
         C ds = p * (gradient - f.delta);
         if (through_cap && x.cap != 0) {
-          const C tangent = hyperbolic_tangent(product(dot, x.scale));
+          const C tangent = hyperbolic_tangent_for<T>(product(dot, x.scale));
           ds *= fma(-tangent, tangent, C(1));
         }
         s[i][j] = sees ? z : C(0);
