@@ -10,7 +10,8 @@
 
 namespace pykern::cuda {
 
-constexpr int kPartKeys = 256, kPartsOfASize = 64;
+constexpr int kPartKeys = 256;  // of the first parts
+constexpr int kPartsOfASize = 64;
 
 __host__ __device__ inline int part_begin(int part) {
   const int level = part / kPartsOfASize;
