@@ -38,30 +38,48 @@ AttentionInputs inputs_of(const DecodeForward& op) {
   return x;
 }
 
-template <class T, int kWidth>
-void attend(const Decode<T>& a, Stream stream) {
-  if constexpr (kHalf<T>)
-    launch(kOp, decode_halves<T, kWidth>,
-           Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
-                .threads = dim3(DecodeShape<kWidth>::kWarps * kWarp),
-                .shared = sizeof(HalvesShared<T, kWidth>)},
-           stream, a);
-  else
+// How many rows a block takes: of halves so many that their sums fill the registers, or 16.
+template <class T>
+int rows_of_block(int64_t rows, int64_t width) {
+  if constexpr (!kHalf<T>) return kPlainRows<T>;
+  return rows <= kTile || width > 128 ? kTile : width > 64 ? 2 * kTile : 4 * kTile;
+}
+
+template <int kWidth, int kTiles, class T>
+void attend_halves(const Decode<T>& a, Stream stream) {
+  launch(kOp, decode_halves<T, kWidth, kTiles>,
+         Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
+              .threads = dim3(DecodeShape<kWidth, kTiles>::kThreads),
+              .shared = sizeof(HalvesShared<T, kWidth, kTiles>)},
+         stream, a);
+}
+
+template <class T>
+void attend(const Decode<T>& a, int64_t width, int rows, Stream stream) {
+  if constexpr (!kHalf<T>)
     launch(kOp, decode_plain<T>,
            Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
                 .threads = dim3(kPlainWarps * kWarp),
                 .shared = sizeof(PlainDecodeShared<T>)},
            stream, a);
+  else if (width > 128)
+    attend_halves<256, 1>(a, stream);
+  else if (width > 64)
+    rows > kTile ? attend_halves<128, 2>(a, stream) : attend_halves<128, 1>(a, stream);
+  else
+    rows > kTile ? attend_halves<64, 4>(a, stream) : attend_halves<64, 1>(a, stream);
 }
 
 template <class T>
 void run(const DecodeForward& op, Stream stream) {
   using C = Compute<T>;
-  constexpr int W = kPack<C>, kMostRows = kHalf<T> ? kDecodeRows : kPlainRows<C>;
+  constexpr int W = kPack<C>;
   const int64_t B = op.q.size[0], H = op.q.size[1], queries = op.q.size[2], D = op.q.size[3];
   const int64_t G = op.k_cache.size[1], E = op.v_cache.size[3];
   const int64_t slots = op.k_cache.size[2] * (op.block_table.given ? op.block_table.size[1] : 1);
-  const int64_t rows = G == 0 ? 0 : H / G * queries, row_blocks = ceil_div(rows, kMostRows);
+  const int64_t rows = G == 0 ? 0 : H / G * queries, width = D > E ? D : E;
+  const int most_rows = rows_of_block<T>(rows, width);
+  const int64_t row_blocks = ceil_div(rows, most_rows);
   const int64_t tasks = B * G * row_blocks, most = int64_t{1} << 30;
   PYKERN_CHECK(value, D <= kMostHeadSize && E <= kMostHeadSize, kOp, ": head sizes ", D, " and ", E,
                " must be at most ", kMostHeadSize, " on CUDA");
@@ -80,7 +98,7 @@ void run(const DecodeForward& op, Stream stream) {
   a.k_vectors = takes_packs<T>(op.k_cache), a.v_vectors = takes_packs<T>(op.v_cache);
   a.out_vectors = takes_words(op.out, W), a.q_pairs = takes_words(op.q, 2);
   a.width = static_cast<int>(E < 1 ? W : ceil_div(E, W) * W);
-  a.partial_rows = static_cast<int>(rows < kMostRows ? rows : kMostRows);
+  a.partial_rows = static_cast<int>(rows < most_rows ? rows : most_rows);
 
   // Many tasks take their parts in order, few are dealt to several blocks, where memory allows.
   const int64_t parts = slots == 0 ? 1 : part_of(static_cast<int>(slots - 1)) + 1;
@@ -109,15 +127,7 @@ void run(const DecodeForward& op, Stream stream) {
   }
   append(op, to, stream);
   if (tasks == 0) return;
-  const int64_t width = D > E ? D : E;
-  if constexpr (!kHalf<T>)
-    attend<T, kMostWidth>(a, stream);
-  else if (width <= 64)
-    attend<T, 64>(a, stream);
-  else if (width <= 128)
-    attend<T, 128>(a, stream);
-  else
-    attend<T, 256>(a, stream);
+  attend(a, width, most_rows, stream);
 }
 
 }  // namespace
