@@ -141,29 +141,20 @@ class HalvesSums {
         multiply(p[i][1], q, keys[2], keys[3], T{});
       });
     }
-    bool moved = false;
-    float rescale[kTiles][2];
     uint32_t weights[kTiles][4];
     each_tile([&](int i) {
+      float rescale[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        rescale[i][r] = weigh(p[i], i, r, first, whole);
-        moved = moved || rescale[i][r] != 1;
-      }
+      for (int r = 0; r < 2; ++r) rescale[r] = weigh(p[i], i, r, first, whole);
 #pragma unroll
-      for (int n = 0; n < 2; ++n)
+      for (int j = 0; j < 4; ++j)
+        weights[i][j] = pair_bits(p[i][j / 2][j % 2 * 2], p[i][j / 2][j % 2 * 2 + 1], T{});
+      if (!__any_sync(kAllLanes, rescale[0] != 1 || rescale[1] != 1)) return;
 #pragma unroll
-        for (int r = 0; r < 2; ++r)
-          weights[i][2 * n + r] = pair_bits(p[i][n][2 * r], p[i][n][2 * r + 1], T{});
+      for (int j = 0; j < kWidth / 8; ++j)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) o_[i][j][c] *= rescale[c / 2];
     });
-    if (__any_sync(kAllLanes, moved)) {
-      each_tile([&](int i) {
-#pragma unroll
-        for (int j = 0; j < kWidth / 8; ++j)
-#pragma unroll
-          for (int c = 0; c < 4; ++c) o_[i][j][c] *= rescale[i][c / 2];
-      });
-    }
     const auto values = [&](int e, uint32_t (&v)[4]) {
       ldmatrix_x4_trans(v, stage.v + in_tile<kWidth>(lane % 16, 2 * e + lane / 16));
     };
