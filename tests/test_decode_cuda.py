@@ -10,11 +10,11 @@ from dlpack_producers import Elsewhere
 from test_decode import compare, inputs, int32, run
 from test_decode_options import paged
 from test_memory import far
-from tools import DTYPES, EMULATED, constant
+from tools import DTYPES, EMULATED, constant, draw
 
 import pykern
 from pykern import _C
-from pykern.testing import assert_bitwise
+from pykern.testing import assert_bitwise, assert_close
 
 kvcache = pykern.attention_with_kvcache
 PAIR = (torch.float32, torch.bfloat16)
@@ -199,3 +199,26 @@ def test_a_sequence_out_of_range_is_nan_and_appends_nothing(kind, device):
             rest = torch.ones(k_cache.shape[0], dtype=torch.bool)
             rest[own] = False
             assert_bitwise(found[tensor][rest], expected[tensor][rest], name=f"{kind}: {tensor} of the others")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+def test_flash_attn_with_kvcache_on_a_gpu(causal):
+    """The host waits for nothing, not for the positions either: a sequence that leaves the rotary table is NaN."""
+    if "attention_with_kvcache" not in _C.cuda_kernels():
+        pytest.skip("no CUDA kernel")
+    q, k, v = (draw(3, 2, heads, 16, seed=i).bfloat16() for i, heads in enumerate((4, 2, 2)))
+    caches = [draw(3, 40, 2, 16, seed=i).bfloat16() for i in (3, 4)]
+    angles, lengths = draw(30, 4, seed=5), int32(7, 29, 28)
+    rotary = [angles.cos().bfloat16(), angles.sin().bfloat16()]
+    fits = [x[::2] for x in (q, *caches, k, v)]
+    expected = pykern.flash_attn_with_kvcache(*fits, *rotary, lengths[::2], causal=causal)
+    given = [x.cuda() for x in (q, *caches, k, v, *rotary, lengths)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = pykern.flash_attn_with_kvcache(*given, causal=causal)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out[1].isnan().all()
+    assert_close(out[::2].cpu(), expected.double(), name="flash_attn_with_kvcache")
+    assert_bitwise(given[1][1].cpu(), caches[0][1], name="the cache of the sequence that is out of range")
