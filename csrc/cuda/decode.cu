@@ -13,6 +13,7 @@ namespace pykern::cuda {
 namespace {
 
 constexpr int64_t kBlocks = 1024;  // a task's keys are dealt to more blocks until there are so many
+constexpr size_t kBlockShared = 99 << 10;  // what a block may have on every GPU from sm_80 on
 constexpr int64_t kMostPartialBytes = int64_t{256} << 20;
 constexpr const char* kOp = "attention_with_kvcache";
 
@@ -47,6 +48,7 @@ int rows_of_block(int64_t rows, int64_t width) {
 
 template <int kWidth, int kTiles, class T>
 void attend_halves(const Decode<T>& a, Stream stream) {
+  static_assert(sizeof(HalvesShared<T, kWidth, kTiles>) <= kBlockShared);
   launch(kOp, decode_halves<T, kWidth, kTiles>,
          Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
               .threads = dim3(DecodeShape<kWidth, kTiles>::kThreads),

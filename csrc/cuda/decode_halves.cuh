@@ -14,7 +14,7 @@ constexpr int kTile = 16;  // rows of a tile, and keys: those of one mma
 // Heads up to kWidth, kTiles tiles of rows. More rows at a time read the keys less often, but their
 // sums are all the registers that there are for them: 256 numbers a row of lanes, and the queries
 // stay in shared memory. Two or three blocks run on a processor, so 64 to 200 KB are asked for
-// while others are multiplied; a block has at most 96 KB, as every GPU from sm_80 on allows.
+// while others are multiplied.
 template <int kWidth, int kTiles>
 struct DecodeShape {
   static constexpr int kRows = kTile * kTiles;
