@@ -3,6 +3,7 @@
 import ctypes
 
 import numpy as np
+import torch
 
 
 class Wrapped:
@@ -93,3 +94,17 @@ class Forged:
         new = ctypes.pythonapi.PyCapsule_New
         new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
         return new(ctypes.addressof(self.managed), b"dltensor_versioned", None)
+
+
+class Elsewhere:
+    """A tensor that claims to be on a GPU: the emulator runs the kernel, and the host must not read it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, max_version=None):
+        capsule = torch.utils.dlpack.to_dlpack(self.tensor)
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        _View.from_address(pointer(capsule, b"dltensor")).device[0] = 2
+        return capsule

@@ -180,6 +180,8 @@ ROOMS = {  # the kernels that make a room complete
     "linear": "linear_backward",
     "mlp": "mlp_backward",
     "linear_cross_entropy": "linear_cross_entropy",
+    "decode": "attention_with_kvcache",
+    "flash_attn_kvcache": "attention_with_kvcache",
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import BLOCK_ROWS, KEYS
-from tools import DTYPES, TILE_ROWS, VIEWS, draw
+from tools import DTYPES, TILE_ROWS, VIEWS, draw, of_the_cpu
 
 import pykern
 from pykern import _C
@@ -188,6 +188,7 @@ def test_ratio_rule(dtype):
 # ---- bits
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [None, False, True])
 def test_every_step_has_the_bits_of_the_prefill(interleaved, dtype):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_attention import BLOCK_ROWS
 from test_decode import compare, inputs, int32, run
-from tools import DTYPES, ROOT, draw
+from tools import DTYPES, ROOT, draw, of_the_cpu
 
 import pykern
 from pykern import _C
@@ -99,6 +99,7 @@ def test_left_padding_out_of_range_is_refused():
     assert torch.equal(arguments["k_cache"].view(torch.int64), before.view(torch.int64))
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_rows_are_those_of_a_prefill(name, dtype):
@@ -116,6 +117,7 @@ def test_rows_are_those_of_a_prefill(name, dtype):
             assert_bitwise(ours["lse"][b : b + 1], lse, name=f"{name} T={T} lse")
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_few_rows_and_many_have_the_bits_of_the_whole(name, dtype):
@@ -262,6 +264,7 @@ PARTED = {
 }
 
 
+@of_the_cpu
 @pytest.mark.parametrize("key_heads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", PARTED)

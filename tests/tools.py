@@ -3,12 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from pykern import _C
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+EMULATED = _C.isa() == "emulated"  # the kernels are those of csrc/cuda
+of_the_cpu = pytest.mark.skipif(EMULATED, reason="a promise of the CPU's kernels, which share code")
 
 
 def draw(*shape, dtype=torch.float64, seed=0, spread=1.0):

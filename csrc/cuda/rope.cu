@@ -1,6 +1,6 @@
 // rope: a block turns all heads at one place of one text, whose angles stay in its cache; a thread
 // turns one pack of pairs, or copies one pack of what is behind them.
-#include "cuda/rows.cuh"
+#include "cuda/rotate.cuh"
 #include "ops/rope.h"
 
 namespace pykern::cuda {
@@ -35,26 +35,6 @@ struct Rotation {
   bool vectors;
 };
 
-// The packs of 2 W neighbours as left and right numbers of W pairs, and back.
-template <class C, int W>
-__device__ __forceinline__ void unzip(const C (&low)[W], const C (&high)[W], C (&left)[W],
-                                      C (&right)[W]) {
-#pragma unroll
-  for (int j = 0; j < W / 2; ++j) {
-    left[j] = low[2 * j], right[j] = low[2 * j + 1];
-    left[W / 2 + j] = high[2 * j], right[W / 2 + j] = high[2 * j + 1];
-  }
-}
-template <class C, int W>
-__device__ __forceinline__ void zip(const C (&left)[W], const C (&right)[W], C (&low)[W],
-                                    C (&high)[W]) {
-#pragma unroll
-  for (int j = 0; j < W / 2; ++j) {
-    low[2 * j] = left[j], low[2 * j + 1] = right[j];
-    high[2 * j] = left[W / 2 + j], high[2 * j + 1] = right[W / 2 + j];
-  }
-}
-
 template <class T, bool interleaved>
 __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const Rotation<T> a) {
   using C = Compute<T>;
@@ -73,31 +53,12 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const Rotation<T> a)
         continue;
       }
       const int64_t first = pack * W, valid = a.half - first;
-      C c[W], s[W], left[W], right[W], low[W], high[W];
+      C c[W], s[W];
       a.cos.load(position * a.cos_row + first, valid, a.vectors, c);
       a.sin.load(position * a.sin_row + first, valid, a.vectors, s);
-      if constexpr (interleaved) {
-        load(x + 2 * first, 2 * valid, a.vectors, low);
-        load(x + 2 * first + W, 2 * valid - W, a.vectors, high);
-        unzip(low, high, left, right);
-      } else {
-        load(x + first, valid, a.vectors, left);
-        load(x + a.half + first, valid, a.vectors, right);
-      }
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        const C turn = a.sign * s[j], l = left[j], r = right[j];
-        left[j] = fma(l, c[j], -(r * turn));
-        right[j] = fma(r, c[j], l * turn);
-      }
-      if constexpr (interleaved) {
-        zip(left, right, low, high);
-        store(out + 2 * first, 2 * valid, a.vectors, low);
-        store(out + 2 * first + W, 2 * valid - W, a.vectors, high);
-      } else {
-        store(out + first, valid, a.vectors, left);
-        store(out + a.half + first, valid, a.vectors, right);
-      }
+      for (int j = 0; j < W; ++j) s[j] *= a.sign;
+      turn_pack<interleaved>(x, out, a.half, first, a.vectors, c, s);
     }
   }
 }

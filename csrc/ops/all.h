@@ -41,6 +41,7 @@
   X(mlp_backward, MlpBackward) \
   X(linear_cross_entropy, LinearCrossEntropy) \
   X(attention_forward, AttentionForward) \
+  X(attention_with_kvcache, DecodeForward) \
   /* end of the list */
 
 // Those that run on the CPU only:
@@ -48,7 +49,6 @@
   X(attention_backward, AttentionBackward) \
   X(attention_weights, AttentionWeights) \
   X(attention_dropout, AttentionDropout) \
-  X(attention_with_kvcache, DecodeForward) \
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \

@@ -40,9 +40,11 @@ def attention_with_kvcache(
     behind it, at position 0, and S = cache_seqlens[b] + N - cache_leftpad[b]. The bits are those without padding.
     block_table int32 [B, n]: the caches are [pages, G, page, D|E], any page size, and key s of sequence b is slot
     s % page of page block_table[b, s // page]; entries behind the last key are not looked at.
-    Each row has the bits of the same row of pykern.attention(..., causal=True) over all keys.
+    On the CPU each row has the bits of the same row of pykern.attention(..., causal=True) over all keys.
     TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, overlap, a cache that is full (nothing is
     written). IndexError: a length, position or page out of range. RuntimeError: an argument requires grad.
+    On CUDA the host does not read lengths, padding and pages, nor wait for them: a sequence that is out of range or
+    whose cache is full has rows of NaN, and nothing is appended to it. Head sizes are at most 256 there.
     """
     require_tensors("attention_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
     optional_tensors("attention_with_kvcache", k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)

@@ -50,18 +50,27 @@ def _new_keys(k: Tensor | None, v: Tensor | None, q: Tensor, k_cache: Tensor, v_
 
 
 def _rotated(q, k, lengths: Tensor, tables: tuple[Tensor, Tensor], interleaved: bool, one_position: bool):
-    """q and k [B, T, H, D] at positions lengths, lengths + 1, ...; all of q at lengths when `one_position`."""
+    """q and k [B, T, H, D] at positions lengths, lengths + 1, ...; all of q at lengths when `one_position`.
+
+    And the lengths: on a GPU, where nobody waits to read them, -1 for a sequence that leaves the tables.
+    """
 
     def turn(x, steps):
-        at = dict(positions=lengths.long()[:, None] + steps, interleaved=interleaved)
+        at = dict(positions=start.long()[:, None] + steps, interleaved=interleaved)
         return called_as(OP, rope, x.transpose(1, 2), *tables, **at).transpose(1, 2)
 
-    last = int(lengths.max()) + max(1 if one_position else q.shape[1], k.shape[1]) - 1 if lengths.numel() else -1
-    if last >= tables[0].shape[0]:
-        raise IndexError(f"{OP}: positions up to {last} are rotated, but rotary_cos has {tables[0].shape[0]} rows")
+    count, rows = max(1 if one_position else q.shape[1], k.shape[1]), tables[0].shape[0]
+    on_host = lengths.device.type == "cpu"
+    last = count - 1 + (int(lengths.max()) if on_host else 0) if lengths.numel() else -1
+    if last >= rows:
+        raise IndexError(f"{OP}: positions up to {last} are rotated, but rotary_cos has {rows} rows")
+    if not on_host:
+        lengths = torch.where((lengths >= 0) & (lengths <= rows - count), lengths, -1)
+    start = lengths if on_host else lengths.clamp(min=0)
     steps = torch.arange(max(q.shape[1], k.shape[1]), device=q.device)
     # contiguous: the result is laid out like q
-    return turn(q, (0 if one_position else 1) * steps[: q.shape[1]]).contiguous(), turn(k, steps[: k.shape[1]])
+    turned = turn(q, (0 if one_position else 1) * steps[: q.shape[1]]).contiguous(), turn(k, steps[: k.shape[1]])
+    return *turned, lengths
 
 
 def _check_parts(rows: list[int], first: list[int], last: list[int], N: int | None, slots: int, capacity: int) -> None:
@@ -138,12 +147,13 @@ def flash_attn_with_kvcache(
     block_table int32 [B, n] pages [pages, page, G, D|E] of any size. cache_seqlens, an int or int32 [B]: the lengths
     before the append, not changed; None without k: the whole cache. cache_batch_idx int32 [B]: the row of the cache
     that belongs to each sequence, distinct when k is given. cache_leftpad int32 [B]: the slot of its first key. These
-    two run a call per sequence.
+    two are read on the host and run a call per sequence.
     rotary_cos, rotary_sin [positions, R/2], only with k: k is rotated at positions cache_seqlens, cache_seqlens + 1,
     ...; so is q when causal or when window_size limits anything, else all of q at cache_seqlens. rotary_interleaved:
     pairs (2i, 2i + 1) instead of (i, i + R/2). causal, window_size, softcap, alibi_slopes: as flash_attn_func, S being
     the length after the append. num_splits has nothing to decide. return_softmax_lse: (out, softmax_lse [B, H, T]).
     No gradient. TypeError, ValueError, IndexError, RuntimeError: as pykern.attention_with_kvcache; nothing is written.
+    On CUDA, too, lengths and pages are not checked but looked at by the kernel: see there.
     """
     require_tensors(OP, q=q, k_cache=k_cache, v_cache=v_cache)
     optional_tensors(OP, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, alibi_slopes=alibi_slopes)
@@ -178,7 +188,8 @@ def flash_attn_with_kvcache(
         if in_order and k.shape[1] == T and not one_by_one:  # the kernel's positions are these
             options |= dict(rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_interleaved=rotary_interleaved)
         else:
-            q, k = _rotated(q, k, lengths, (rotary_cos, rotary_sin), rotary_interleaved, not in_order)
+            tables = rotary_cos, rotary_sin
+            q, k, lengths = _rotated(q, k, lengths, tables, rotary_interleaved, not in_order)
 
     if one_by_one:
         slopes = alibi_slopes
