@@ -79,20 +79,17 @@ __global__ void __launch_bounds__(kTileThreads, wide ? 1 : 2) attention_plain(co
     const int own = kept(t0), found = x.look(at, b, h, own, own + count - 1, tile);
     if (!(found & kSeen)) continue;
     const int first = tile * kKeys;
-    const auto row_of = [&](const T* rows_, int64_t stride, int from, int behind) {
-      return [=](int i) { return from + i < behind ? rows_ + (from + i) * stride : nullptr; };
-    };
     const PairsOf<T> pairs{
         x, at, b, h, own + side_row() * V, tile, side_column(), (found & kHidden) != 0};
     C s[V][ForwardTile<T>::kEach], rescale[V];
     unsigned seen[V];
-    tile_products<T>(shared, row_of(q, a.q.row, 0, count), row_of(k, a.k.row, first, at.keys), x.D,
-                     a.words_qk, s);
+    tile_products<T>(shared, rows_at(q, a.q.row, 0, count), rows_at(k, a.k.row, first, at.keys),
+                     x.D, a.words_qk, s);
     pairs.score(s, seen);
     weigh(pairs, s, rows, rescale);
     put_by_key(shared.weights, s);
     if (pairs.hides()) put_sight(shared, seen);
-    add_rows<T>(shared, shared.weights, row_of(v, a.v.row, first, at.keys), x.E, a.words_v,
+    add_rows<T>(shared, shared.weights, rows_at(v, a.v.row, first, at.keys), x.E, a.words_v,
                 pairs.hides(), rescale, sum);
   }
 

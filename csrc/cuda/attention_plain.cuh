@@ -44,6 +44,12 @@ struct PlainTile {
 __device__ __forceinline__ int side_row() { return kept(threadIdx.x) / kSide; }
 __device__ __forceinline__ int side_column() { return kept(threadIdx.x) % kSide; }
 
+// Rows from `from` on, null from `behind` on.
+template <class T>
+__device__ __forceinline__ auto rows_at(const T* rows, int64_t stride, int from, int behind) {
+  return [=](int i) { return from + i < behind ? rows + (from + i) * stride : nullptr; };
+}
+
 template <class C, int V>
 __device__ __forceinline__ void put(C* to, const Pack<C, V>& pack) {
   typename Pack<C, V>::Word word;
@@ -84,7 +90,7 @@ __device__ __forceinline__ void tile_products(Tile& shared, const QueryAt& query
     stage<T, kDepth<C>>(shared.chunk.queries, query_at, first, width, words);
     stage<T, kDepth<C>>(shared.chunk.keys_, key_at, first, width, words);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1  // 64 products each; two would not leave dk and dv their registers
     for (int d = 0; d < kDepth<C>; d += V) {
       Pack<C, V> a[V], b;
 #pragma unroll

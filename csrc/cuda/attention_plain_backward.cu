@@ -19,11 +19,6 @@ struct Backward {
   bool words_dq, words_dk, words_dv;
 };
 
-template <class T>
-__device__ __forceinline__ auto rows_at(const T* rows, int64_t stride, int from, int behind) {
-  return [=](int i) { return from + i < behind ? rows + (from + i) * stride : nullptr; };
-}
-
 template <class C, int V>
 __device__ __forceinline__ void fill(C (&x)[V], C value) {
 #pragma unroll
@@ -106,11 +101,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
     const RowFacts<C>* facts = a.facts + (at.batch * x.H + h) * x.queries + at.q_row;
     for (int t0 = begin; t0 < end; t0 += kQueries) {
       const int behind = t0 + kQueries < at.queries ? t0 + kQueries : at.queries;
-      const int tile = kept(first) / kKeys, found = x.look(at, b, h, t0, behind - 1, tile);
+      const int own = kept(first), tile = own / kKeys;
+      const int found = x.look(at, b, h, t0, behind - 1, tile);
       if (!(found & kSeen)) continue;
       const bool partly = (found & kHidden) != 0 || behind < t0 + kQueries;
       const PairsOf<T> pairs{
-          x, at, b, h, t0 + side_row() * V, tile, first % kKeys + side_column(), partly};
+          x, at, b, h, t0 + side_row() * V, tile, own % kKeys + side_column(), partly};
       const auto queries = rows_at(q, a.q.row, t0, at.queries);
       const auto douts = rows_at(dout, a.dout.row, t0, at.queries);
       C p[V][V], ds[V][V];

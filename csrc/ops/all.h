@@ -41,14 +41,14 @@
   X(mlp_backward, MlpBackward) \
   X(linear_cross_entropy, LinearCrossEntropy) \
   X(attention_forward, AttentionForward) \
+  X(attention_backward, AttentionBackward) \
+  X(attention_weights, AttentionWeights) \
+  X(attention_dropout, AttentionDropout) \
   X(attention_with_kvcache, DecodeForward) \
   /* end of the list */
 
 // Those that run on the CPU only:
 #define PYKERN_CPU_OPS(X) \
-  X(attention_backward, AttentionBackward) \
-  X(attention_weights, AttentionWeights) \
-  X(attention_dropout, AttentionDropout) \
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
