@@ -46,7 +46,7 @@ def constant(file, name):
 
 # Rows of a tile, csrc/cpu/tile.h: twelve where vectors have 64 bytes, else six.
 TILE_ROWS = 12 if _C.isa().startswith("v4") else 6
-PAIRED = EMULATED or _C.isa() == "v4_bf16"  # weights are rounded to bfloat16 before they are multiplied
+PAIRED = _C.isa() == "v4_bf16"  # bfloat16 is multiplied in pairs
 
 
 # Views with the numbers of x [..., rows, columns] in memory laid out otherwise. All but the last are read in place.
