@@ -231,7 +231,7 @@ def files_run(files):
     return emulated(
         *("-m", "pytest", "-p", "emulated", *files, "-m", "not one_isa", "-v", "--no-header", "--tb=short"),
         *("-p", "no:cacheprovider", "-o", "addopts="),
-        *("-k", "not thread_count and not three"),  # the CPU's threads; minutes of emulation
+        *("-k", "not thread_count and not packs_its_strips and not three"),  # the CPU's threads; minutes of emulation
         PYKERN_TEST_EXAMPLES="5",
         PYKERN_EMULATION_SEED="1",
     )

@@ -3,7 +3,7 @@
 
 namespace pykern {
 
-static constexpr const char* kOp = "attention";
+static constexpr const char* kAttention = "attention";
 
 // The arguments that forward, backward and weights share, borrowed for the length of one call.
 struct BorrowedInputs {
@@ -22,8 +22,8 @@ struct BorrowedInputs {
 };
 
 static void attention_forward(const BorrowedInputs& inputs, py::handle out, py::handle lse) {
-  const Borrowed out_(out, kOp, "out");
-  const Optional lse_(lse, kOp, "lse");
+  const Borrowed out_(out, kAttention, "out");
+  const Optional lse_(lse, kAttention, "lse");
   AttentionForward op;
   inputs.fill(op);
   op.out = out_, op.lse = lse_;
@@ -33,10 +33,11 @@ static void attention_forward(const BorrowedInputs& inputs, py::handle out, py::
 static void attention_backward(const BorrowedInputs& inputs, py::handle out, py::handle lse,
                                py::handle dout, py::handle dlse, py::handle dq, py::handle dk,
                                py::handle dv, py::handle dbias, py::handle dsinks) {
-  const Borrowed out_(out, kOp, "out"), lse_(lse, kOp, "lse"), dout_(dout, kOp, "dout");
-  const Optional dlse_(dlse, kOp, "dlse"), dbias_(dbias, kOp, "dbias");
-  const Optional dsinks_(dsinks, kOp, "dsinks");
-  const Borrowed dq_(dq, kOp, "dq"), dk_(dk, kOp, "dk"), dv_(dv, kOp, "dv");
+  const Borrowed out_(out, kAttention, "out"), lse_(lse, kAttention, "lse"),
+      dout_(dout, kAttention, "dout");
+  const Optional dlse_(dlse, kAttention, "dlse"), dbias_(dbias, kAttention, "dbias");
+  const Optional dsinks_(dsinks, kAttention, "dsinks");
+  const Borrowed dq_(dq, kAttention, "dq"), dk_(dk, kAttention, "dk"), dv_(dv, kAttention, "dv");
   AttentionBackward op;
   inputs.fill(op);
   op.out = out_, op.lse = lse_, op.dout = dout_, op.dlse = dlse_;
@@ -46,8 +47,8 @@ static void attention_backward(const BorrowedInputs& inputs, py::handle out, py:
 
 static void attention_weights(const BorrowedInputs& inputs, py::handle lse, py::handle rows,
                               py::handle weights) {
-  const Borrowed lse_(lse, kOp, "lse"), weights_(weights, kOp, "weights");
-  const Optional rows_(rows, kOp, "rows");
+  const Borrowed lse_(lse, kAttention, "lse"), weights_(weights, kAttention, "weights");
+  const Optional rows_(rows, kAttention, "rows");
   AttentionWeights op;
   inputs.fill(op);
   op.lse = lse_, op.rows = rows_, op.weights = weights_;
@@ -55,7 +56,7 @@ static void attention_weights(const BorrowedInputs& inputs, py::handle lse, py::
 }
 
 static void attention_dropout(py::handle seed, py::handle keep, double dropout_p) {
-  const Borrowed seed_(seed, kOp, "seed"), keep_(keep, kOp, "keep");
+  const Borrowed seed_(seed, kAttention, "seed"), keep_(keep, kAttention, "keep");
   const AttentionDropout op{seed_, keep_, dropout_p};
   PYKERN_RUN(attention_dropout, op, op.keep);
 }
@@ -73,16 +74,16 @@ static void define(py::module_& m, const char* name,
                bool causal, double scale, int64_t left, int64_t right, double softcap,
                handle alibi_slopes, handle sinks, double dropout_p, handle seed,
                handle cu_seqlens_q, handle cu_seqlens_k) {
-        kernel({{q, kOp, "q"},
-                {k, kOp, "k"},
-                {v, kOp, "v"},
-                {mask, kOp, "mask"},
-                {bias, kOp, "bias"},
-                {alibi_slopes, kOp, "alibi_slopes"},
-                {sinks, kOp, "sinks"},
-                {cu_seqlens_q, kOp, "cu_seqlens_q"},
-                {cu_seqlens_k, kOp, "cu_seqlens_k"},
-                {seed, kOp, "seed"},
+        kernel({{q, kAttention, "q"},
+                {k, kAttention, "k"},
+                {v, kAttention, "v"},
+                {mask, kAttention, "mask"},
+                {bias, kAttention, "bias"},
+                {alibi_slopes, kAttention, "alibi_slopes"},
+                {sinks, kAttention, "sinks"},
+                {cu_seqlens_q, kAttention, "cu_seqlens_q"},
+                {cu_seqlens_k, kAttention, "cu_seqlens_k"},
+                {seed, kAttention, "seed"},
                 left,
                 causal && right >= -1 ? 0 : right,
                 scale,

@@ -3,13 +3,13 @@
 
 namespace pykern {
 
-static constexpr const char* kName = "cross_entropy";
+static constexpr const char* kCrossEntropy = "cross_entropy";
 
 static void cross_entropy_forward(py::handle logits, py::handle target, py::handle loss,
                                   py::handle lse, int64_t ignore_index, double label_smoothing,
                                   double z_loss) {
-  const Borrowed logits_(logits, kName, "logits"), target_(target, kName, "target"),
-      loss_(loss, kName, "loss"), lse_(lse, kName, "lse");
+  const Borrowed logits_(logits, kCrossEntropy, "logits"), target_(target, kCrossEntropy, "target"),
+      loss_(loss, kCrossEntropy, "loss"), lse_(lse, kCrossEntropy, "lse");
   const CrossEntropyForward op{
       logits_, target_, loss_, lse_, {ignore_index, label_smoothing, z_loss}};
   PYKERN_RUN(cross_entropy_forward, op, op.logits);
@@ -18,8 +18,9 @@ static void cross_entropy_forward(py::handle logits, py::handle target, py::hand
 static void cross_entropy_backward(py::handle logits, py::handle target, py::handle lse,
                                    py::handle dloss, py::handle dlogits, int64_t ignore_index,
                                    double label_smoothing, double z_loss) {
-  const Borrowed logits_(logits, kName, "logits"), target_(target, kName, "target"),
-      lse_(lse, kName, "lse"), dloss_(dloss, kName, "dloss"), dlogits_(dlogits, kName, "dlogits");
+  const Borrowed logits_(logits, kCrossEntropy, "logits"), target_(target, kCrossEntropy, "target"),
+      lse_(lse, kCrossEntropy, "lse"), dloss_(dloss, kCrossEntropy, "dloss"),
+      dlogits_(dlogits, kCrossEntropy, "dlogits");
   const CrossEntropyBackward op{logits_, target_,  lse_,
                                 dloss_,  dlogits_, {ignore_index, label_smoothing, z_loss}};
   PYKERN_RUN(cross_entropy_backward, op, op.logits);

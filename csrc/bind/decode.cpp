@@ -3,7 +3,7 @@
 
 namespace pykern {
 
-static constexpr const char* kOp = "attention_with_kvcache";
+static constexpr const char* kDecode = "attention_with_kvcache";
 
 static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle v_cache,
                                    py::handle k, py::handle v, py::handle cache_seqlens,
@@ -12,17 +12,17 @@ static void attention_with_kvcache(py::handle q, py::handle k_cache, py::handle 
                                    bool rotary_interleaved, int64_t left, int64_t right,
                                    double softcap, py::handle alibi_slopes, py::handle sinks,
                                    py::handle block_table, py::handle cache_leftpad) {
-  const Borrowed q_(q, kOp, "q"), k_cache_(k_cache, kOp, "k_cache"),
-      v_cache_(v_cache, kOp, "v_cache");
-  const Optional k_(k, kOp, "k"), v_(v, kOp, "v");
-  const Borrowed cache_seqlens_(cache_seqlens, kOp, "cache_seqlens");
-  const Optional rotary_cos_(rotary_cos, kOp, "rotary_cos"),
-      rotary_sin_(rotary_sin, kOp, "rotary_sin");
-  const Borrowed out_(out, kOp, "out");
-  const Optional lse_(lse, kOp, "lse");
-  const Optional padding_(cache_leftpad, kOp, "cache_leftpad"),
-      table_(block_table, kOp, "block_table"), slopes_(alibi_slopes, kOp, "alibi_slopes"),
-      sinks_(sinks, kOp, "sinks");
+  const Borrowed q_(q, kDecode, "q"), k_cache_(k_cache, kDecode, "k_cache"),
+      v_cache_(v_cache, kDecode, "v_cache");
+  const Optional k_(k, kDecode, "k"), v_(v, kDecode, "v");
+  const Borrowed cache_seqlens_(cache_seqlens, kDecode, "cache_seqlens");
+  const Optional rotary_cos_(rotary_cos, kDecode, "rotary_cos"),
+      rotary_sin_(rotary_sin, kDecode, "rotary_sin");
+  const Borrowed out_(out, kDecode, "out");
+  const Optional lse_(lse, kDecode, "lse");
+  const Optional padding_(cache_leftpad, kDecode, "cache_leftpad"),
+      table_(block_table, kDecode, "block_table"), slopes_(alibi_slopes, kDecode, "alibi_slopes"),
+      sinks_(sinks, kDecode, "sinks");
   DecodeForward op;
   op.q = q_, op.k_cache = k_cache_, op.v_cache = v_cache_, op.k = k_, op.v = v_;
   op.cache_seqlens = cache_seqlens_, op.cache_leftpad = padding_, op.block_table = table_;

@@ -3,15 +3,18 @@
 
 namespace pykern {
 
-static constexpr const char* kOp = "linear_cross_entropy";
+static constexpr const char* kLinearCrossEntropy = "linear_cross_entropy";
 
 static void linear_cross_entropy(py::handle x, py::handle weight, py::handle bias,
                                  py::handle target, py::handle loss, py::handle dloss,
                                  py::handle dx, py::handle dweight, py::handle dbias,
                                  int64_t ignore_index, double label_smoothing, double z_loss) {
-  const Borrowed x_(x, kOp, "x"), weight_(weight, kOp, "weight"), target_(target, kOp, "target");
-  const Optional bias_(bias, kOp, "bias"), loss_(loss, kOp, "loss"), dloss_(dloss, kOp, "dloss"),
-      dx_(dx, kOp, "dx"), dweight_(dweight, kOp, "dweight"), dbias_(dbias, kOp, "dbias");
+  const Borrowed x_(x, kLinearCrossEntropy, "x"), weight_(weight, kLinearCrossEntropy, "weight"),
+      target_(target, kLinearCrossEntropy, "target");
+  const Optional bias_(bias, kLinearCrossEntropy, "bias"), loss_(loss, kLinearCrossEntropy, "loss"),
+      dloss_(dloss, kLinearCrossEntropy, "dloss"), dx_(dx, kLinearCrossEntropy, "dx"),
+      dweight_(dweight, kLinearCrossEntropy, "dweight"),
+      dbias_(dbias, kLinearCrossEntropy, "dbias");
   const LinearCrossEntropy op{
       x_,     weight_, bias_,    target_, loss_,
       dloss_, dx_,     dweight_, dbias_,  {ignore_index, label_smoothing, z_loss}};

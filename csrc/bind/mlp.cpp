@@ -3,21 +3,20 @@
 
 namespace pykern {
 
-static constexpr const char* kName = "mlp";
+static constexpr const char* kMlp = "mlp";
 
 static void mlp_forward(py::handle x, py::handle up_weight, py::handle up_bias,
                         py::handle gate_weight, py::handle gate_bias, py::handle down_weight,
                         py::handle down_bias, py::handle residual, py::handle out, py::handle up,
                         py::handle gate, const char* activation) {
-  const Borrowed x_(x, kName, "x"), up_weight_(up_weight, kName, "up_weight"),
-      down_weight_(down_weight, kName, "down_weight"), out_(out, kName, "out");
-  const Optional up_bias_(up_bias, kName, "up_bias"),
-      gate_weight_(gate_weight, kName, "gate_weight"), gate_bias_(gate_bias, kName, "gate_bias"),
-      down_bias_(down_bias, kName, "down_bias"), residual_(residual, kName, "residual"),
-      up_(up, kName, "up"), gate_(gate, kName, "gate");
+  const Borrowed x_(x, kMlp, "x"), up_weight_(up_weight, kMlp, "up_weight"),
+      down_weight_(down_weight, kMlp, "down_weight"), out_(out, kMlp, "out");
+  const Optional up_bias_(up_bias, kMlp, "up_bias"), gate_weight_(gate_weight, kMlp, "gate_weight"),
+      gate_bias_(gate_bias, kMlp, "gate_bias"), down_bias_(down_bias, kMlp, "down_bias"),
+      residual_(residual, kMlp, "residual"), up_(up, kMlp, "up"), gate_(gate, kMlp, "gate");
   const MlpForward op{x_,         up_weight_,   up_bias_,   gate_weight_,
                       gate_bias_, down_weight_, down_bias_, residual_,
-                      out_,       up_,          gate_,      activation_named(kName, activation)};
+                      out_,       up_,          gate_,      activation_named(kMlp, activation)};
   PYKERN_RUN(mlp_forward, op, op.x);
 }
 
@@ -26,15 +25,15 @@ static void mlp_backward(py::handle x, py::handle up_weight, py::handle gate_wei
                          py::handle dx, py::handle dup_weight, py::handle dup_bias,
                          py::handle dgate_weight, py::handle dgate_bias, py::handle ddown_weight,
                          py::handle ddown_bias, const char* activation) {
-  const Borrowed x_(x, kName, "x"), up_weight_(up_weight, kName, "up_weight"),
-      down_weight_(down_weight, kName, "down_weight"), up_(up, kName, "up"),
-      dout_(dout, kName, "dout");
-  const Optional gate_weight_(gate_weight, kName, "gate_weight"), gate_(gate, kName, "gate"),
-      dx_(dx, kName, "dx"), dup_weight_(dup_weight, kName, "dup_weight"),
-      dup_bias_(dup_bias, kName, "dup_bias"), dgate_weight_(dgate_weight, kName, "dgate_weight"),
-      dgate_bias_(dgate_bias, kName, "dgate_bias"),
-      ddown_weight_(ddown_weight, kName, "ddown_weight"),
-      ddown_bias_(ddown_bias, kName, "ddown_bias");
+  const Borrowed x_(x, kMlp, "x"), up_weight_(up_weight, kMlp, "up_weight"),
+      down_weight_(down_weight, kMlp, "down_weight"), up_(up, kMlp, "up"),
+      dout_(dout, kMlp, "dout");
+  const Optional gate_weight_(gate_weight, kMlp, "gate_weight"), gate_(gate, kMlp, "gate"),
+      dx_(dx, kMlp, "dx"), dup_weight_(dup_weight, kMlp, "dup_weight"),
+      dup_bias_(dup_bias, kMlp, "dup_bias"), dgate_weight_(dgate_weight, kMlp, "dgate_weight"),
+      dgate_bias_(dgate_bias, kMlp, "dgate_bias"),
+      ddown_weight_(ddown_weight, kMlp, "ddown_weight"),
+      ddown_bias_(ddown_bias, kMlp, "ddown_bias");
   const MlpBackward op{x_,
                        up_weight_,
                        gate_weight_,
@@ -49,7 +48,7 @@ static void mlp_backward(py::handle x, py::handle up_weight, py::handle gate_wei
                        dgate_bias_,
                        ddown_weight_,
                        ddown_bias_,
-                       activation_named(kName, activation)};
+                       activation_named(kMlp, activation)};
   PYKERN_RUN(mlp_backward, op, op.x);
 }
 

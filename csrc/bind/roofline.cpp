@@ -3,10 +3,10 @@
 
 namespace pykern {
 
-static constexpr const char* kName = "roofline";
+static constexpr const char* kRoofline = "roofline";
 
 static double roofline_fma(py::handle sink, int64_t repeats) {
-  const Borrowed sink_(sink, kName, "sink");
+  const Borrowed sink_(sink, kRoofline, "sink");
   double flops = 0;
   const RooflineFma op{sink_, repeats, &flops};
   PYKERN_RUN(roofline_fma, op, op.sink);
@@ -14,13 +14,13 @@ static double roofline_fma(py::handle sink, int64_t repeats) {
 }
 
 static void roofline_read(py::handle source, py::handle sink, int64_t repeats) {
-  const Borrowed source_(source, kName, "source"), sink_(sink, kName, "sink");
+  const Borrowed source_(source, kRoofline, "source"), sink_(sink, kRoofline, "sink");
   const RooflineRead op{source_, sink_, repeats};
   PYKERN_RUN(roofline_read, op, op.source);
 }
 
 static void roofline_copy(py::handle source, py::handle target, int64_t tasks, int64_t repeats) {
-  const Borrowed source_(source, kName, "source"), target_(target, kName, "target");
+  const Borrowed source_(source, kRoofline, "source"), target_(target, kRoofline, "target");
   const RooflineCopy op{source_, target_, tasks, repeats};
   PYKERN_RUN(roofline_copy, op, op.source);
 }

@@ -3,14 +3,14 @@
 
 namespace pykern {
 
-static constexpr const char* kName = "sample";
+static constexpr const char* kSample = "sample";
 
 static void sample(py::handle logits, py::handle seeds, py::handle draws, py::handle history,
                    py::handle counts, py::handle ids, double temperature, int64_t top_k,
                    double top_p, double min_p, double repetition_penalty) {
-  const Borrowed logits_(logits, kName, "logits"), seeds_(seeds, kName, "seeds"),
-      draws_(draws, kName, "draws"), ids_(ids, kName, "ids");
-  const Optional history_(history, kName, "history"), counts_(counts, kName, "counts");
+  const Borrowed logits_(logits, kSample, "logits"), seeds_(seeds, kSample, "seeds"),
+      draws_(draws, kSample, "draws"), ids_(ids, kSample, "ids");
+  const Optional history_(history, kSample, "history"), counts_(counts, kSample, "counts");
   const Sample op{logits_,
                   seeds_,
                   draws_,
