@@ -271,8 +271,8 @@ struct RowOptions {
         bias(x.bias.data && t < at.queries ? x.bias.at(b, h, t) : nullptr) {}
 
   // The score of key s, which the row sees, from q_t k_s; a bias of -infinity hides the key, and
-  // the score is -infinity. Rounded as it is: in one operation with what follows it would have other
-  // bits where a tile is partly hidden.
+  // the score is -infinity. Rounded as it is: in one operation with what follows it would have
+  // other bits where a tile is partly hidden.
   __device__ __forceinline__ C score(const Scores<T>& x, C dot, int s) const {
     C y = product(dot, x.scale);
     if (x.cap != 0) y = product(x.cap, hyperbolic_tangent_for<T>(y));

@@ -48,7 +48,8 @@ struct BackwardPlan {
   int h, m, found;        // the tile that is taken now
   int tile;               // of dq, to which this block adds; those before are said to be done
   bool others;            // blocks before this one have added to it
-  bool strange_keys;      // some
+  bool strange_keys;      // some are not finite
+  bool strange_dout;      // some were replaced
 };
 
 template <class T, int kD_, int kN_>
@@ -69,9 +70,32 @@ struct BackwardTiles {
   Tile<T, kN, kD> k, v;  // and then their gradients
   Tile<T, kN, kM> ds;
   Stage stage[kStages];
-  uint32_t strange_keys[kN / 32], strange_queries[kM / 32];
+  uint32_t strange_keys[kN / 32], strange_queries[kM / 32], strange_dout[kM / 32];
   BackwardPlan plan;
 };
+
+// Numbers of dout that are not finite, of queries that see the key, into its columns of dv: a warp,
+// where they were replaced before they were multiplied.
+template <class T>
+__device__ __forceinline__ void restore_strange_dout(const BackwardHalves<T>& a,
+                                                     const BackwardPlan& plan, int key) {
+  const Scores<T>& x = a.scores;
+  const Place& at = plan.at;
+  T* dv = a.dv.at(at.batch, plan.g, at.k_row + key);
+#pragma unroll 1
+  for (int e = threadIdx.x % kWarp; e < x.E; e += kWarp) {
+    float strange = 0;
+    for (int h = plan.g * x.group; h < (plan.g + 1) * x.group; ++h)
+      for (int t = plan.begin * kM; t < plan.end * kM && t < at.queries; ++t) {
+        const T dout = a.dout.at(at.batch, h, at.q_row + t)[e];
+        if (!is_finite(dout) &&
+            (x.visible(at, plan.b, h, t, key / kKeys) >> key % kKeys & 1) != 0 &&
+            unbiased(x, plan.b, h, t, key))
+          strange += widen(dout);
+      }
+    if (strange != 0) dv[e] = narrow<T>(strange);
+  }
+}
 
 template <class T, int kD, int kN, bool kPlain>
 __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
@@ -86,7 +110,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
 
   BackwardPlan& plan = shared.plan;
   if (threadIdx.x < kN / 32) shared.strange_keys[threadIdx.x] = 0;
-  if (threadIdx.x < kM / 32) shared.strange_queries[threadIdx.x] = 0;
+  if (threadIdx.x < kM / 32)
+    shared.strange_queries[threadIdx.x] = shared.strange_dout[threadIdx.x] = 0;
   if (warp == 0) {
     const uint32_t own = lane == 0 ? atomicAdd(a.tickets, 1u) : 0;
     const int ticket = static_cast<int>(__shfl_sync(kAllLanes, own, 0));
@@ -102,6 +127,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
         plan.begin = x.first_query(at, plan.first) / kM;
         plan.end = at.queries > 0 ? (x.end_query(at, plan.last) + kM - 1) / kM : 0;
         plan.next_h = plan.g * x.group, plan.next_m = plan.begin, plan.tile = -1;
+        plan.strange_dout = false;
       }
     }
   }
@@ -193,12 +219,15 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
     bool strange = plan.strange_keys;
     if (partial) {
       find_strange<kThreads>(now.q, shared.strange_queries);
-      find_strange<kThreads>(now.dout, shared.strange_queries);
+      find_strange<kThreads>(now.dout, shared.strange_dout);
       __syncthreads();
       if ((shared.strange_queries[0] | shared.strange_queries[1]) != 0) {
         strange = true;
         replace_strange<kThreads>(now.q);
+      }
+      if ((shared.strange_dout[0] | shared.strange_dout[1]) != 0) {
         replace_strange<kThreads>(now.dout);
+        if (threadIdx.x == 0) plan.strange_dout = true;
       }
     }
 
@@ -261,9 +290,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
             if (!sees(i, query) || t0() + query >= plan.at.queries) return;
             const float bias =
                 widen(x.bias.at(plan.b, plan.h, t0() + query)[key_of(i) * x.bias_key]);
-            s[n][i] = bias == -INFINITY
-                          ? bias
-                          : fmaf(fmaxf(bias, kLeastBias<float>), float(kBitsPerNat), s[n][i]);
+            s[n][i] =
+                bias == -INFINITY ? bias : fmaf(least_bias(bias), float(kBitsPerNat), s[n][i]);
           });
       }
       const float factor = kPlain ? x.scale : 1.0f;
@@ -403,7 +431,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
     }
     if (partial) {
       __syncthreads();
-      if (threadIdx.x < kM / 32) shared.strange_queries[threadIdx.x] = 0;
+      if (threadIdx.x < kM / 32)
+        shared.strange_queries[threadIdx.x] = shared.strange_dout[threadIdx.x] = 0;
     }
     if (kStages == 1) {
       __syncthreads();  // the queries have been read
@@ -439,6 +468,11 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
   };
   write(shared.k, a.dk, x.D, a.dk_words);
   write(shared.v, a.dv, x.E, a.dv_words);
+  if (!plan.strange_dout) return;
+  __syncthreads();
+#pragma unroll 1
+  for (int key = plan.first + warp; key <= plan.last; key += Tiles::kWarps)
+    restore_strange_dout(a, plan, key);
 }
 
 }  // namespace pykern::cuda

@@ -112,7 +112,7 @@ __device__ __forceinline__ void finish_scores(const Scores<T>& x, const Place& a
     const T* bias = x.bias.at(b, h, t) + first * x.bias_key;
     each([&](float& y, int n, int r) {
       const float added = has(word, n, r) ? widen(bias[(8 * n + r) * x.bias_key]) : -INFINITY;
-      y = added == -INFINITY ? added : fmaf(fmaxf(added, kLeastBias<float>), float(kBitsPerNat), y);
+      y = added == -INFINITY ? added : fmaf(least_bias(added), float(kBitsPerNat), y);
     });
   }
 }
@@ -122,45 +122,23 @@ __device__ __forceinline__ float across_quad(float x, Join join) {
   return across_lanes<4>(x, join);
 }
 
-// Row t once more, by a warp and a key at a time: of rows that see values that are not finite.
+// Values that are not finite, of keys that query t sees, into its columns of out: a warp, where
+// they were replaced before they were multiplied.
 template <class T>
-__device__ __forceinline__ void forward_row(const ForwardHalves<T>& a, const Place& at, int b,
-                                            int h, int t) {
-  constexpr int kEach = kMostHeadSize / kWarp;
+__device__ __forceinline__ void restore_strange(const ForwardHalves<T>& a, const Place& at, int b,
+                                                int h, int t) {
   const Scores<T>& x = a.scores;
-  const int lane = threadIdx.x % kWarp, g = h / x.group;
-  const T* q = a.q.at(at.batch, h, at.q_row + t);
-  const RowOptions<T> row(x, at, b, h, t);
-  float out[kEach] = {}, m = x.sink(h), l = m == -INFINITY ? 0.0f : 1.0f;
-  for (int key = x.first_key(at, t); key < x.end_key(at, t); ++key) {
-    const int tile = key / kKeys;
-    if (!(x.visible(at, b, h, t, tile) >> key % kKeys & 1)) continue;
-    const T* k = a.k.at(at.batch, g, at.k_row + key);
-    const T* v = a.v.at(at.batch, g, at.k_row + key);
-    float product = 0;
-    for (int d = lane; d < x.D; d += kWarp) product = fmaf(widen(q[d]), widen(k[d]), product);
-    const float y = row.score(x, across_lanes<kWarp>(product, Add()), key);
-    if (y == -INFINITY) continue;
-    const float top = fmaxf(m, y), rescale = exp2_approx(m - top);
-    float p = exp2_approx(y - top);
-    m = top, l = l * rescale + p;
-    if (x.dropout.threshold != 0) {
-      const uint64_t seed = static_cast<uint64_t>(*x.dropout.seed);
-      const uint32_t kept = keep_bits(x.dropout, seed, b, h, t, tile, key % 16);
-      if (!(kept >> key % kKeys / 16 & 1)) p = 0;
-      p *= static_cast<float>(x.dropout.factor);
+  T* out = a.out.at(at.batch, h, at.q_row + t);
+#pragma unroll 1
+  for (int e = threadIdx.x % kWarp; e < x.E; e += kWarp) {
+    float strange = 0;
+    for (int key = x.first_key(at, t); key < x.end_key(at, t); ++key) {
+      const T v = a.v.at(at.batch, h / x.group, at.k_row + key)[e];
+      if (!is_finite(v) && (x.visible(at, b, h, t, key / kKeys) >> key % kKeys & 1) != 0 &&
+          unbiased(x, b, h, t, key))
+        strange += widen(v);
     }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int e = lane + i * kWarp;
-      if (e < x.E) out[i] = fmaf(p, widen(v[e]), out[i] * rescale);
-    }
-  }
-  T* to = a.out.at(at.batch, h, at.q_row + t);
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int e = lane + i * kWarp;
-    if (e < x.E) to[e] = narrow<T>(out[i] / l);
+    if (strange != 0) out[e] = narrow<T>(strange);
   }
 }
 
@@ -339,7 +317,7 @@ __global__ void __launch_bounds__(kForwardThreads, 2)
   for (int row = 0; row < Tiles::kWarpRows; ++row) {
     const int which = __shfl_sync(kAllLanes, seen_strange, row % 8 * 4);
     const int t = first + warp * Tiles::kWarpRows + row;
-    if (which >> row / 8 & 1) forward_row(a, to, b, h, t);
+    if (which >> row / 8 & 1) restore_strange(a, to, b, h, t);
   }
 }
 

@@ -129,6 +129,12 @@ struct Fetch {
   bool words_;
 };
 
+// As low as a bias may be in base 2; a NaN stays.
+__device__ __forceinline__ float least_bias(float bias) {
+  const float least = kLeastBias<float>;
+  return bias < least ? least : bias;
+}
+
 // ---- numbers that are not finite: 0 times them is NaN, so in a tile that some row does not see
 // as a whole they are replaced
 
@@ -190,6 +196,12 @@ __device__ __forceinline__ uint64_t kept_of_lane(const Scores<T>& x, int b, int 
         kept |= uint64_t{bits >> w & 1} << (8 * (2 * w + upper) + r);
     }
   return kept;
+}
+
+// Whether query t sees a key that window and mask let it see: a bias of -infinity hides it.
+template <class T>
+__device__ __forceinline__ bool unbiased(const Scores<T>& x, int b, int h, int t, int key) {
+  return !x.bias.data || widen(x.bias.at(b, h, t)[key * x.bias_key]) != -INFINITY;
 }
 
 }  // namespace pykern::cuda
