@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
                                    float (&to)[kWide][4]) {
       const LaneRows<true, kD> down;
       const LaneRows<false, kD> across;
-      [[maybe_unused]] constexpr int kSteps = kN < 128 ? 4 : kD / 16;  // at once: registers
+      [[maybe_unused]] constexpr int kSteps = kD > 64 ? 4 : kD / 16;  // at once: registers
 #pragma unroll kSteps
       for (int d = 0; d < kD / 16; ++d) {
         uint32_t l[4], r[4];
