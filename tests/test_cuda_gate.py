@@ -31,16 +31,18 @@ def test_nothing_spills(built):
     assert spilled == {}
 
 
-# Kernels that move no packs: they sort, add columns or partial sums, or copy single numbers.
-SCALAR = re.compile(r"column_sums|sort_|take_keys|add_partial")
+# Kernels that move no packs: they sort, add columns or partial sums, or copy single numbers or bits.
+SCALAR = re.compile(r"column_sums|sort_|take_keys|add_partial|pack_mask|attention_dsinks|attention_dropout")
+SMALL_PACKS = re.compile(r"attention_(plain|dbias|weights).*<(bf16|f16)")  # four halves, widened to 16 bytes
+WRITES_NUMBERS = re.compile(r"square_sums|cross_entropy_f|attention_(facts|weights|dbias)")
 
 
 def test_packs_are_moved_16_bytes_at_a_time(built):
     """The branch for aligned rows exists in every kernel that takes packs, for what it reads and what it writes."""
-    packed = {k: n for k, n in built.items() if not SCALAR.match(k)}
+    packed = {k: n for k, n in built.items() if not (SCALAR.match(k) or SMALL_PACKS.match(k))}
     reads = lambda n: n["LDG128"] + n["LDGSTS"]  # noqa: E731
     reads_none = [k for k, n in packed.items() if not reads(n) and not k.startswith("zero_rows")]
-    writes_none = [k for k, n in packed.items() if not n["STG128"] and not re.match(r"square_sums|cross_entropy_f", k)]
+    writes_none = [k for k, n in packed.items() if not n["STG128"] and not WRITES_NUMBERS.match(k)]
     assert (reads_none, writes_none) == ([], [])
 
 
@@ -55,8 +57,9 @@ def test_halves_are_multiplied_on_tensor_cores(built):
 
 def test_registers_leave_room_for_the_block(built):
     """64 Ki registers a processor: 128 each for a block of 512 threads, or for two of 256; products take them all."""
-    found = {k: n["registers"] for k, n in built.items() if re.match("norm_|softmax_|cross_entropy_|gemm_", k)}
-    products = {k: n for k, n in found.items() if k.startswith("gemm_")}
+    of_rows, of_products = ("norm_", "softmax_", "cross_entropy_"), ("gemm_", "attention_")
+    found = {k: n["registers"] for k, n in built.items() if k.startswith(of_rows + of_products)}
+    products = {k: n for k, n in found.items() if k.startswith(of_products)}
     assert products and {k: n for k, n in products.items() if n > 255} == {}
     assert {k: n for k, n in found.items() if n > 128 and k not in products} == {}
 

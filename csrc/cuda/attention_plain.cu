@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kTileThreads, wide ? 1 : 2) attention_plain(co
     weigh(pairs, s, rows, rescale);
     put_by_key(shared.weights, s);
     if (pairs.hides()) put_sight(shared, seen);
-    add_rows<T>(shared, shared.weights, rows_at(v, a.v.row, first, at.keys), x.E, a.words_v,
-                pairs.hides(), rescale, sum);
+    add_rows<T, kKeys>(shared, shared.weights, rows_at(v, a.v.row, first, at.keys), x.E, a.words_v,
+                       pairs.hides(), rescale, sum);
   }
 
   const C sink = x.sink(h);

@@ -144,26 +144,26 @@ __device__ __forceinline__ void put_sight(Tile& shared, const unsigned (&seen)[V
     }
 }
 
-// acc = sum over the others, in order, of weights times panel. partly: pairs that are not seen are
-// left out, for 0 times infinity or NaN would be NaN.
+// acc += sum over lines [begin, end), in order, of weights times panel. partly: pairs that are not
+// seen are left out, for 0 times infinity or NaN would be NaN.
 template <bool partly, class C, int keys, bool owns_keys, int lines, int V>
 __device__ __forceinline__ void panel_product(const PlainTile<C, keys, owns_keys>& shared,
                                               const C (&weights)[lines][kOwned<C> + kPack<C>],
-                                              C (&acc)[V][V]) {
-  constexpr int kRun = 16;  // bits of a piece of sight
+                                              int begin, int end, C (&acc)[V][V]) {
   const int row = side_row() * V, column = side_column() * V;
-  for (int first = 0; first < lines; first += kRun) {
+  for (int first = begin; first < end; first += kSide) {
     unsigned seen[V] = {};
     if constexpr (partly && !owns_keys)
 #pragma unroll
-      for (int i = 0; i < V; ++i) seen[i] = shared.sight[row + i][first / kRun];
+      for (int i = 0; i < V; ++i) seen[i] = shared.sight[row + i][first / kSide];
 #pragma unroll 4
-    for (int n = 0; n < kRun; ++n) {
+    for (int n = 0; n < kSide; ++n) {
       Pack<C, V> w, x;
       read(&weights[first + n][row], V, true, w);
       read(&shared.panel[first + n][column], V, true, x);
       unsigned piece = 0;
-      if constexpr (partly && owns_keys) piece = shared.sight[first + n][row / kRun] >> row % kRun;
+      if constexpr (partly && owns_keys)
+        piece = shared.sight[first + n][row / kSide] >> row % kSide;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
         const bool sees = !partly || (owns_keys ? piece >> i & 1 : seen[i] >> n & 1);
@@ -175,8 +175,9 @@ __device__ __forceinline__ void panel_product(const PlainTile<C, keys, owns_keys
   }
 }
 
-// sum[panel] = sum[panel] rescale + weights times the others' rows, which are `width` wide
-template <class T, class Tile, class C, int lines, int V, int panels, class RowAt>
+// sum[panel] = sum[panel] rescale + weights times the others' rows, which are `width` wide. `run`
+// of them are summed at a time; with fewer than all, rescale is 1.
+template <class T, int run, class Tile, class C, int lines, int V, int panels, class RowAt>
 __device__ __forceinline__ void add_rows(Tile& shared,
                                          const C (&weights)[lines][kOwned<C> + kPack<C>],
                                          const RowAt& row_at, int width, bool words, bool partly,
@@ -187,15 +188,18 @@ __device__ __forceinline__ void add_rows(Tile& shared,
     __syncthreads();  // what was there has been read, and the weights are written
     stage<T, kOwned<C>>(shared.panel, row_at, panel * kOwned<C>, width, words);
     __syncthreads();
-    C acc[V][V] = {};
-    if (partly)
-      panel_product<true>(shared, weights, acc);
-    else
-      panel_product<false>(shared, weights, acc);
+#pragma unroll 1
+    for (int first = 0; first < lines; first += run) {
+      C acc[V][V] = {};
+      if (partly)
+        panel_product<true>(shared, weights, first, first + run, acc);
+      else
+        panel_product<false>(shared, weights, first, first + run, acc);
 #pragma unroll
-    for (int i = 0; i < V; ++i)
+      for (int i = 0; i < V; ++i)
 #pragma unroll
-      for (int u = 0; u < V; ++u) sum[panel][i][u] = fma(sum[panel][i][u], rescale[i], acc[i][u]);
+        for (int u = 0; u < V; ++u) sum[panel][i][u] = fma(sum[panel][i][u], rescale[i], acc[i][u]);
+    }
   }
 }
 

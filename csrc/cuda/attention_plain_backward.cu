@@ -64,12 +64,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dq(const Back
     pairs.template weigh<true>(facts, s, ds, seen);
     put_by_key(shared.weights, ds);
     if (pairs.hides()) put_sight(shared, seen);
-    add_rows<T>(shared, shared.weights, keys, x.D, a.words_d, pairs.hides(), one, sum);
+    add_rows<T, kKeys>(shared, shared.weights, keys, x.D, a.words_d, pairs.hides(), one, sum);
   }
   store_rows(
       a.dq.at(at.batch, h, at.q_row + t0), a.dq.row, count, x.D, a.words_dq,
       [&](int) { return a.scale; }, sum);
 }
+
+constexpr int kRun = 32;  // queries summed in one go for dk and dv: long sums round more
 
 template <class T, class C = Compute<T>>
 struct KeyTile : PlainTile<C, kOwned<C>, true> {
@@ -117,8 +119,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
       put_by_query(shared.weights, p);
       put_by_query(shared.gradients, ds);
       if (pairs.hides()) put_sight(shared, seen);
-      add_rows<T>(shared, shared.weights, douts, x.E, a.words_e, pairs.hides(), one, dv);
-      add_rows<T>(shared, shared.gradients, queries, x.D, a.words_d, pairs.hides(), one, dk);
+      add_rows<T, kRun>(shared, shared.weights, douts, x.E, a.words_e, pairs.hides(), one, dv);
+      add_rows<T, kRun>(shared, shared.gradients, queries, x.D, a.words_d, pairs.hides(), one, dk);
     }
   }
   store_rows(
