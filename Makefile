@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 ISAS ?=
+# Processes that share the tests, file by file: what a file compiles or trains for its tests is made once.
+WORKERS ?= 2
 SOURCES = $(shell find csrc tests/cuda_emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: all demo test bench lint format inplace clean
@@ -21,7 +23,7 @@ demo: $(VENV)/ready
 	$(RUN) examples/demo.py $(DEMO)
 
 test: $(VENV)/ready
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 bench: $(VENV)/ready
 	$(RUN) -m pip install -q -c constraints.txt onnxruntime onnx ctranslate2

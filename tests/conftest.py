@@ -21,11 +21,25 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("pykern")
 
+LONG = ("test_cuda_emulation", "test_every_isa", "test_training_curves", "test_benchmarks", "test_cuda_gate")
+
 
 def pytest_configure(config):
-    """Ctrl-C works, also where a shell without job control started pytest in the background, which ignores it."""
+    """Ctrl-C works, also where a shell without job control started pytest in the background, which ignores it.
+
+    Workers of pytest-xdist, which begin with this environment, share the processors: a kernel thread with nothing to
+    do sleeps there, or it would spin while another worker waits for its turn.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if getattr(config.option, "numprocesses", None):
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Workers take file after file: the long ones first, or at the end one worker would wait for the other."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def pytest_report_header():
