@@ -13,7 +13,7 @@ from pykern.lm import Data, Tokenizer, Trainer
 from pykern.lm.corpus import SPLITS, Corpus, parts
 from pykern.lm.documents import DocumentBatch, Documents
 from pykern.lm.evaluation import evaluate_texts
-from pykern.lm.objective import Texts
+from pykern.lm.objective import Texts, make_objective
 from pykern.lm.plot import LossLog, read_rows
 from pykern.lm.ranks import Ranks
 
@@ -201,6 +201,22 @@ def test_a_rank_without_targets_has_a_gradient_of_zero(kind, positions, monkeypa
     loss.backward()
     assert loss.item() == 0.0 and tokens == int(full.lengths[0])
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())  # NaN would be any
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("kind", ["blocks", *KINDS])
+def test_a_batch_goes_where_the_model_is(kind, size):
+    data = Data.encode(Corpus((TEXT,), (TEXT,), "0" * 64, "letters"), Tokenizer.train("byte"), split=None)
+    data = data if kind == "blocks" else data_of()
+    objective = make_objective(data, 8, changed(batches=kind, batch_size=2), Ranks(size - 1, size))
+    devices = set()
+
+    def network(*ids, **layout):
+        devices.update(x.device.type for x in (*ids, *layout.values()) if isinstance(x, torch.Tensor))
+        return torch.zeros(())
+
+    objective.loss(network, 0, torch.device("meta"))
+    assert devices == {"meta"}
 
 
 # ---- evaluation

@@ -17,6 +17,7 @@ from pykern.lm import Config, Tokenizer, Trainer, Transformer, evaluate, train
 from pykern.lm.checkpoint import load_checkpoint, save_checkpoint
 from pykern.lm.plot import COLUMNS, LossLog
 from pykern.lm.run_state import read_state
+from pykern.lm.seeding import seeded
 from pykern.lm.trainer import interruptible, make_model, make_optimizer
 
 
@@ -217,6 +218,19 @@ def test_weight_decay_is_for_matrices_only():
     optimizer = make_optimizer(make_model(Config(vocab_size=256, **SHAPE), OPTIONS), OPTIONS)
     for group in optimizer.param_groups:
         assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+
+
+def test_seeded_streams_are_left_as_they_were():
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    with seeded(7):
+        first = torch.rand(3)
+    with seeded(8, enabled=False):
+        drawn = torch.rand(1)
+    with seeded(7, "cpu"):
+        assert torch.equal(torch.rand(3), first)
+    assert torch.equal(torch.cat([drawn, torch.rand(1)]), expected)
 
 
 def test_clock_ends_a_run(tmp_path):

@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from dlpack_producers import Elsewhere
 from hypothesis import given
 from hypothesis import strategies as st
+from tools import EMULATED
 
 import pykern
 import pykern.ops  # registers torch.ops.pykern
@@ -250,6 +252,36 @@ def test_refusals():
     for call, error, words in cases:
         with pytest.raises(error, match=words):
             call()
+
+
+@pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_a_position_outside_of_the_table_on_a_gpu_is_a_row_of_nan(device, interleaved, inverse):
+    """The host does not look at positions there; tables in a page that ends behind them, positions far away."""
+    if device == "emulator" and not EMULATED:
+        pytest.skip("for the emulator: here the host checks")
+    if device == "cuda" and "rope" not in _C.cuda_kernels():
+        pytest.skip("no CUDA kernel")
+    outside = [-1, 5, 2**40, -(2**62)]
+    for dtype in DTYPES:
+        for D, R in ((24, 16), (33, 14), (8, 0)):
+            x, (cos, sin) = draw(2, 3, 6, D, dtype=dtype), tables(5, R, dtype)
+            positions = torch.tensor([[0, 4, 2, 3, 1, 0], [outside[0], 4, outside[1], 0, *outside[2:]]])
+            out = torch.full_like(x, 7.0)
+            move = Elsewhere if device == "emulator" else torch.Tensor.cuda
+            given = [move(each) for each in (x, cos, sin, positions, out)]
+            _C.rope(*given, interleaved=interleaved, inverse=inverse)
+            out = out if device == "emulator" else given[-1].cpu()
+            known = (positions >= 0) & (positions < 5)
+            turned = reference.rope(
+                *(x.double(), cos.double(), (-sin if inverse else sin).double()),
+                positions=positions * known,
+                interleaved=interleaved,
+            )
+            for b, t in known.nonzero().tolist():
+                assert_close(out[b, :, t], turned[b, :, t], name=f"text {b}, place {t}")
+            assert out.transpose(1, 2)[~known].isnan().all() and known.sum() == 8
 
 
 @pytest.mark.one_isa

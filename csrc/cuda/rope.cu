@@ -1,5 +1,6 @@
 // rope: a block turns all heads at one place of one text, whose angles stay in its cache; a thread
-// turns one pack of pairs, or copies one pack of what is behind them.
+// turns one pack of pairs, or copies one pack of what is behind them. A position outside of the
+// table, which no kernel can refuse: a row of NaN.
 #include "cuda/rotate.cuh"
 #include "ops/rope.h"
 
@@ -29,8 +30,8 @@ struct Rotation {
   int64_t cos_row, sin_row;  // strides
   const int64_t* positions;  // null: 0..T-1
   int64_t position_b, position_t;
-  int64_t B, H, D, half;  // `half` pairs are turned
-  int packs, pair_packs;  // of a head
+  int64_t B, H, D, P, half;  // `half` pairs are turned
+  int packs, pair_packs;     // of a head
   Compute<T> sign;
   bool vectors;
 };
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const Rotation<T> a)
   const int64_t t = blockIdx.x;
   for (int64_t b = blockIdx.y; b < a.B; b += gridDim.y) {
     const int64_t position = a.positions ? a.positions[b * a.position_b + t * a.position_t] : t;
+    const bool known = position >= 0 && position < a.P;
     for (unsigned i = threadIdx.x; i < a.H * a.packs; i += blockDim.x) {
       const unsigned h = i / a.packs;
       const int pack = i % a.packs;
@@ -49,13 +51,18 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(const Rotation<T> a)
       T* out = a.out.template at<T>(b, h, t);
       if (pack >= a.pair_packs) {  // not turned
         const int64_t first = 2 * a.half + (pack - a.pair_packs) * W;
-        for (int64_t j = first; j < first + W && j < a.D; ++j) out[j] = x[j];
+        for (int64_t j = first; j < first + W && j < a.D; ++j)
+          out[j] = known ? x[j] : narrow<T>(static_cast<C>(NAN));
         continue;
       }
       const int64_t first = pack * W, valid = a.half - first;
       C c[W], s[W];
-      a.cos.load(position * a.cos_row + first, valid, a.vectors, c);
-      a.sin.load(position * a.sin_row + first, valid, a.vectors, s);
+#pragma unroll
+      for (int j = 0; j < W; ++j) c[j] = s[j] = static_cast<C>(NAN);
+      if (known) {
+        a.cos.load(position * a.cos_row + first, valid, a.vectors, c);
+        a.sin.load(position * a.sin_row + first, valid, a.vectors, s);
+      }
 #pragma unroll
       for (int j = 0; j < W; ++j) s[j] *= a.sign;
       turn_pack<interleaved>(x, out, a.half, first, a.vectors, c, s);
@@ -89,6 +96,7 @@ void rope(const Rope& op, Stream stream) {
                         .B = B,
                         .H = H,
                         .D = D,
+                        .P = op.cos.size[0],
                         .half = half,
                         .packs = static_cast<int>(packs),
                         .pair_packs = static_cast<int>(pair_packs),

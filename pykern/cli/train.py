@@ -69,6 +69,8 @@ def add_train(commands: Any) -> None:
         default=argparse.SUPPRESS,
         help="with --batches padded or packed: what a text is (default files; of a token file: the texts it has)",
     )
+    device = "where to train (default cpu); torchrun gives each process a GPU of its own"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=device)
     parser.add_argument("--shard", action="store_true", help="under torchrun: each process holds a part of the model")
     add_threads(parser)
     shape = parser.add_argument_group("shape of the model")
@@ -108,7 +110,8 @@ def resumed(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) 
     if loaded.tokenizer is None:
         raise ValueError(f"{arguments.out} has no tokenizer.json, so it cannot be resumed")
     data = Data.load(arguments.data or state.source, loaded.tokenizer, split=state.split)
-    return Trainer.resume(arguments.out, data, replace(state.options, **changes), ranks=ranks)
+    options = replace(state.options, **changes)
+    return Trainer.resume(arguments.out, data, options, ranks=ranks, device=arguments.device)
 
 
 def started(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) -> Any:
@@ -130,14 +133,19 @@ def started(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) 
     tokenizer = kind_or_file(getattr(arguments, "tokenizer", "byte"), vocab_size)
     data = Data.load(arguments.data, tokenizer, vocab_size, split=split)
     config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
-    return Trainer(make_model(config, options), data, options, arguments.out, ranks=ranks)
+    model = make_model(config, options).to(arguments.device)
+    return Trainer(model, data, options, arguments.out, ranks=ranks)
 
 
 def train(arguments: argparse.Namespace) -> int:
+    import torch
+
     from pykern.lm.ranks import Ranks
 
     set_threads(arguments.threads)
-    ranks = Ranks.join(shard=arguments.shard)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no NVIDIA GPU here")
+    ranks = Ranks.join(shard=arguments.shard, device=arguments.device)
     try:
         return run(arguments, ranks)
     finally:

@@ -33,11 +33,13 @@ class _Recorder:
 def attention_maps(model: Transformer, ids: Sequence[int] | Tensor) -> Tensor:
     """The weights float32 [n_layer, n_head, T, T] for ids [T], by the kernel that decodes them (attention_weights).
 
+    They are on the CPU wherever the model is.
+
     TypeError: model is no Transformer. ValueError: no ids, more than block_size or 512. IndexError: an id out of range.
     """
     if not isinstance(model, Transformer):
         raise TypeError(f"attention_maps: model must be a Transformer, got {type(model).__name__}")
-    row = torch.as_tensor(ids, dtype=torch.int64)
+    row = torch.as_tensor(ids, dtype=torch.int64, device=model.device)
     most = min(model.config.block_size, MOST_TOKENS)
     if row.dim() != 1 or not 1 <= len(row) <= most:
         raise ValueError(f"attention_maps: ids have shape {tuple(row.shape)} but must be [T] with T from 1 to {most}")
@@ -53,7 +55,7 @@ def attention_maps(model: Transformer, ids: Sequence[int] | Tensor) -> Tensor:
             recorder = _Recorder()
             x = block(x, **place, cache=recorder)
             assert recorder.weights is not None
-            maps.append(recorder.weights[0].float())
+            maps.append(recorder.weights[0].float().cpu())
     finally:
         model.train(training)
     return torch.stack(maps)

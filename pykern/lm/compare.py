@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from pykern.lm import corpus
 from pykern.lm.batches import Batches, validation_batches
 from pykern.lm.config import Config
@@ -25,6 +23,7 @@ from pykern.lm.ngram import MAX_ORDER, NGram
 from pykern.lm.options import TrainOptions
 from pykern.lm.progress import LINE_SECONDS
 from pykern.lm.rnn import RNNLM, RNNConfig
+from pykern.lm.seeding import seeded
 from pykern.lm.tokenizer import Tokenizer
 from pykern.lm.trainer import make_model, make_optimizer
 
@@ -108,8 +107,7 @@ def _make(name: str, config: Config, rnn_layers: int, options: TrainOptions) -> 
     if name == "transformer":
         return make_model(config, options)
     shape = {"n_layer": rnn_layers, "block_size": config.block_size, "vocab_size": config.vocab_size}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+    with seeded(options.seed):
         return RNNLM(RNNConfig.of_size(config.parameter_count, kind=name, **shape))
 
 

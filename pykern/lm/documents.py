@@ -149,6 +149,11 @@ class DocumentBatch:
         documents = None if self.documents is None else self.documents[rows, :T]
         return DocumentBatch(self.ids[rows, :T], self.targets[rows, :T], lengths, documents)
 
+    def to(self, device: "torch.device") -> "DocumentBatch":
+        """The same batch on a device."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return DocumentBatch(self.ids.to(device), self.targets.to(device), self.lengths.to(device), documents)
+
     def loss(self, model: "Callable[..., torch.Tensor]", reduction: str = "mean") -> "torch.Tensor":
         """The loss of the batch; padding and texts reach the model as lengths and documents."""
         return model(self.ids, self.targets, **self.layout, reduction=reduction)

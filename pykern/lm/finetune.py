@@ -177,7 +177,8 @@ def finetune_classifier(
     def batch(step: int) -> tuple[Tensor, int]:
         rows = batches.rows(step)
         ids, lengths = x.batch(rows, body.device)
-        return model.loss(ids, lengths, torch.from_numpy(train.labels[rows]), weights), int(lengths.sum())
+        labels = torch.from_numpy(train.labels[rows]).to(body.device)
+        return model.loss(ids, lengths, labels, weights), int(lengths.sum())
 
     report.note(f"{len(train):,} texts to train on, {len(val):,} held out; {len(data.classes)} classes")
     cut = x.truncated + x_val.truncated

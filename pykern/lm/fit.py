@@ -13,6 +13,7 @@ from pykern.lm.evaluation import Evaluation
 from pykern.lm.options import TrainOptions
 from pykern.lm.progress import Reporter
 from pykern.lm.scores import Scores
+from pykern.lm.seeding import seeded
 from pykern.lm.trainer import Interrupted, interruptible, make_optimizer
 
 Score = TypeVar("Score", Evaluation, Scores)
@@ -65,7 +66,8 @@ def fit(
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(model, options)
     start = time.perf_counter()
-    autocast = torch.autocast(next(iter(learning.values())).device.type, torch.bfloat16, enabled=options.autocast)
+    device = next(iter(learning.values())).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=options.autocast)
 
     def evaluate_now(check: Callable[[], None]) -> Score:
         with autocast:
@@ -90,8 +92,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.zero_grad(set_to_none=True)
-            with torch.random.fork_rng(devices=[]), autocast:
-                torch.manual_seed((options.seed * 1_000_003 + step) % 2**63)  # of dropout
+            with seeded((options.seed * 1_000_003 + step) % 2**63, device), autocast:  # of dropout
                 loss, count = batch(step)
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"finetune: the loss is {loss.item()} at step {step + 1}: try a lower lr")

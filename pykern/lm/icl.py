@@ -186,7 +186,7 @@ def train_step(
         model.config.block_size // 2, options.batch_size, seed=options.seed, step=step
     )
     x = ids[torch.from_numpy(symbols)]
-    targets = torch.from_numpy(wanted)
+    targets = torch.from_numpy(wanted).to(ids.device)
     y = torch.where(targets == IGNORED, IGNORED, ids[targets.clamp(min=0)])
     for group in optimizer.param_groups:
         group["lr"] = options.learning_rate(step)

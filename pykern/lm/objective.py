@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pykern.lm.batches import Batches
@@ -19,6 +20,7 @@ from pykern.lm.evaluation import Evaluation, evaluate, evaluate_texts
 from pykern.lm.options import TrainOptions
 from pykern.lm.ranks import Ranks
 
+CPU = torch.device("cpu")
 Rows = TypeVar("Rows", Batches, PaddedBatches | PackedBatches)
 
 
@@ -29,8 +31,11 @@ class Objective(ABC, Generic[Rows]):
     length: int
 
     @abstractmethod
-    def loss(self, network: Callable[..., Tensor], step: int) -> tuple[Tensor, int]:
-        """This rank's share of the loss of a step, whose average over ranks is the loss, and the targets of all."""
+    def loss(self, network: Callable[..., Tensor], step: int, device: torch.device = CPU) -> tuple[Tensor, int]:
+        """This rank's share of the loss of a step, whose average over ranks is the loss, and the targets of all.
+
+        device: of the network.
+        """
 
     @abstractmethod
     def evaluate(self, model: Any, tokens: int | None, each_batch: Callable[[], None]) -> Evaluation:
@@ -50,9 +55,9 @@ class Blocks(Objective[Batches]):
         self.batches = Batches(data.train, block_size, options.batch_size * ranks.size, options.seed)
         self.length, self.data, self.ranks, self.rows = block_size, data, ranks, options.batch_size
 
-    def loss(self, network: Callable[..., Tensor], step: int) -> tuple[Tensor, int]:
+    def loss(self, network: Callable[..., Tensor], step: int, device: torch.device = CPU) -> tuple[Tensor, int]:
         x, y = self.batches.at(step)
-        return network(self.ranks.rows(x), self.ranks.rows(y)), y.numel()
+        return network(*(self.ranks.rows(ids).to(device) for ids in (x, y))), y.numel()
 
     def evaluate(self, model: Any, tokens: int | None, each_batch: Callable[[], None]) -> Evaluation:
         val = self.data.val if tokens is None else self.data.val[: tokens + 1]
@@ -80,11 +85,11 @@ class Texts(Objective[PaddedBatches | PackedBatches]):
         self.length = round(float(np.square(lengths).sum() / lengths.sum()))  # attention's work is quadratic in it
         self.data, self.ranks, self.rows, self.val = data, ranks, rows, data.val_texts
 
-    def loss(self, network: Callable[..., Tensor], step: int) -> tuple[Tensor, int]:
+    def loss(self, network: Callable[..., Tensor], step: int, device: torch.device = CPU) -> tuple[Tensor, int]:
         batch = self.batches.at(step)
         if self.ranks.size == 1:
-            return batch.loss(network), batch.tokens
-        part = batch.part(self.ranks.rank, self.ranks.size)
+            return batch.to(device).loss(network), batch.tokens
+        part = batch.part(self.ranks.rank, self.ranks.size).to(device)
         return part.loss(network, "sum") * (self.ranks.size / batch.tokens), batch.tokens
 
     def evaluate(self, model: Any, tokens: int | None, each_batch: Callable[[], None]) -> Evaluation:

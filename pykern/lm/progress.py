@@ -1,5 +1,6 @@
 """What a training run tells the person who waits: a bar on a terminal, elsewhere a line now and then."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ PEAK_REPEATS = 1_000_000  # some 3 ms
 
 @dataclass(frozen=True)
 class Status:
-    """The state of a run after a step. fraction runs from 0 to 1; steps is None when only the clock ends the run."""
+    """The state of a run after a step. fraction runs from 0 to 1; steps is None when only the clock ends the run.
+
+    peak_gflops is NaN where it is not known, as on a GPU.
+    """
 
     step: int
     steps: int | None
@@ -32,8 +36,7 @@ class Status:
         of = "" if self.steps is None else f"/{self.steps}"
         return (
             f"step {self.step}{of} ({self.fraction:.1%}) | loss {self.loss:.4f} | lr {self.lr:.2e} | "
-            f"gnorm {self.grad_norm:.2f} | {self.tokens_per_second:,.0f} tok/s | {self.gflops:.0f} GFLOP/s "
-            f"({self.gflops / self.peak_gflops:.0%} of peak) | eta {duration(self.eta_seconds)}"
+            f"gnorm {self.grad_norm:.2f} | {self.speed()} | eta {duration(self.eta_seconds)}"
         )
 
     def brief(self) -> str:
@@ -41,9 +44,12 @@ class Status:
         of = "" if self.steps is None else f"/{self.steps}"
         return (
             f"eta {duration(self.eta_seconds)} | step {self.step}{of} | loss {self.loss:.3f} | "
-            f"{self.tokens_per_second:,.0f} tok/s | {self.gflops:.0f} GFLOP/s "
-            f"({self.gflops / self.peak_gflops:.0%} of peak) | lr {self.lr:.1e}"
+            f"{self.speed()} | lr {self.lr:.1e}"
         )
+
+    def speed(self) -> str:
+        part = "" if math.isnan(self.peak_gflops) else f" ({self.gflops / self.peak_gflops:.0%} of peak)"
+        return f"{self.tokens_per_second:,.0f} tok/s | {self.gflops:.0f} GFLOP/s{part}"
 
 
 class Reporter(Protocol):

@@ -73,7 +73,8 @@ class Ranks:
         return x if self.size == 1 else x.chunk(self.size)[self.rank]
 
     def _sum(self, value: float) -> float:
-        total = torch.tensor(value, dtype=torch.float64)
+        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(value, dtype=torch.float64, device=device)
         torch.distributed.all_reduce(total)
         return total.item()
 

@@ -165,7 +165,7 @@ class RNNLM(torch.nn.Module):
         h, state = self.hidden(texts)
         logits = ops.linear(h[:, -1], self.wte.weight)
         for i in range(max_new_tokens):
-            token = sampler(logits, history=texts)
+            token = sampler(logits.cpu(), history=texts.cpu()).to(texts.device)
             texts = torch.cat([texts, token[:, None]], 1)
             if callback is not None:
                 callback(token)

@@ -25,6 +25,7 @@ from pykern.lm.plot import LossLog, NoLog, plot
 from pykern.lm.progress import Reporter, Silent, Status, peak_gflops
 from pykern.lm.ranks import Ranks
 from pykern.lm.run_state import CORPUS, read_state
+from pykern.lm.seeding import seeded
 from pykern.optim import AdamW
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -72,9 +73,8 @@ class Interrupted(Exception):
 
 
 def make_model(config: Config, options: TrainOptions) -> Transformer:
-    """A model whose weights follow from the seed alone; torch's own random stream is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
+    """A model on the CPU whose weights follow from the seed alone; torch's own random stream is left as it was."""
+    with seeded(options.seed):
         model = Transformer(config)
         model.init_weights(options.residual_init)
     return model
@@ -159,6 +159,7 @@ class Trainer:
         *,
         report: Reporter | None = None,
         ranks: Ranks | None = None,
+        device: torch.device | str = "cpu",
     ) -> "Trainer":
         """The run in folder `out`, ready to go on from its checkpoint; options None: those it was started with.
 
@@ -177,7 +178,7 @@ class Trainer:
         if state.split != data.split:
             raise ValueError(f"train: {out} was trained on a text split by {state.split}, the data by {data.split}")
         trainer = cls.__new__(cls)
-        trainer._set_up(Transformer.from_checkpoint(loaded), data, options, out, report, ranks)
+        trainer._set_up(Transformer.from_checkpoint(loaded).to(device), data, options, out, report, ranks)
         trainer.step, trainer.seconds = state.step, state.seconds
         blocks = trainer.batches.batch_size * trainer.batches.block_size  # a checkpoint without tokens is of blocks
         trainer.tokens = state.step * blocks if state.tokens is None else state.tokens
@@ -234,12 +235,11 @@ class Trainer:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.options.autocast)
 
     def _loss(self) -> tuple[Tensor, int]:
-        dropout = bool(self.model.config.dropout)
-        with self._autocast(), torch.random.fork_rng(devices=[], enabled=dropout):
-            if dropout:  # what is dropped follows from seed and step, so that resuming is exact
-                rank = self.ranks.rank * 10_000_019
-                torch.manual_seed((self.options.seed * 1_000_003 + self.step + rank) % 2**63)
-            return self.objective.loss(self.network, self.step)
+        device, dropout = self.model.device, bool(self.model.config.dropout)
+        # what is dropped follows from seed and step, so that resuming is exact
+        seed = (self.options.seed * 1_000_003 + self.step + self.ranks.rank * 10_000_019) % 2**63
+        with self._autocast(), seeded(seed, device, dropout):
+            return self.objective.loss(self.network, self.step, device)
 
     def evaluate(self, tokens: int | None = None, interrupted: Callable[[], bool] = lambda: False) -> Evaluation | None:
         """Of the first `tokens` held-out targets, or of all; None when interrupted() cut it short."""
@@ -310,13 +310,14 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         if self.ranks.any(not self._has_checkpoint()):
             self.save()  # from here on there is always one to load
-        peak = math.nan if isinstance(self.report, Silent) else peak_gflops(DTYPES[options.dtype])
+        unknown = isinstance(self.report, Silent) or self.model.device.type != "cpu"
+        peak = math.nan if unknown else peak_gflops(DTYPES[options.dtype])
         log = LossLog(self.out / "loss.csv", self.step) if self.ranks.first else NoLog()
         evaluation = None
         try:
             self.report.note(
-                f"{self.data.description}; {self.objective}; {config.parameter_count:,} parameters; "
-                f"peak {peak:.0f} GFLOP/s"
+                f"{self.data.description}; {self.objective}; {config.parameter_count:,} parameters"
+                + ("" if unknown else f"; peak {peak:.0f} GFLOP/s")
             )
             with interruptible() as pressed:
 
@@ -364,6 +365,7 @@ def train(
     split: str | None = None,
     options: TrainOptions | None = None,
     report: Reporter | None = None,
+    device: torch.device | str = "cpu",
     **shape: Any,
 ) -> Result:
     """Trains a new model on "stdlib", a text file or a folder. shape: the fields of Config but vocab_size.
@@ -373,4 +375,4 @@ def train(
     options = TrainOptions() if options is None else options
     data = Data.load(source, tokenizer, vocab_size, split=options.split(split))
     config = Config(vocab_size=data.tokenizer.vocab_size, **shape)
-    return Trainer(make_model(config, options), data, options, out, report=report).run()
+    return Trainer(make_model(config, options).to(device), data, options, out, report=report).run()
