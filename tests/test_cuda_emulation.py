@@ -183,6 +183,7 @@ ROOMS = {  # the kernels that make a room complete
     "decode": "attention_with_kvcache",
     "flash_attn_kvcache": "attention_with_kvcache",
 }
+MODULES = ["tests/test_nn.py"]  # of the kernels above, and of attention's
 
 
 def extension():
@@ -220,10 +221,10 @@ def test_the_extension_is_the_emulated_one():
 
 
 def test_an_op_without_a_cuda_kernel_refuses():
-    code = "import emulated, torch, pykern; q = torch.ones(1, 1, 2, 4); pykern.attention(q, q, q)"
+    code = "import emulated, torch; from pykern.lm import Sampler; Sampler(0.0, batch=1)(torch.ones(1, 3))"
     run = emulated("-c", code)
     assert run.returncode == 1
-    assert "RuntimeError: attention_forward: pykern has no CUDA kernel for it yet" in run.stderr
+    assert "RuntimeError: sample: pykern has no CUDA kernel for it yet" in run.stderr
 
 
 def files_run(files):
@@ -240,6 +241,7 @@ def files_run(files):
 @pytest.mark.slow
 def test_rooms_pass_on_the_emulator():
     files = sorted({f"tests/{path.name}" for room in ROOMS for path in (ROOT / "tests").glob(f"test_{room}*.py")})
+    files += MODULES
     linear = [file for file in files if "test_linear" in file]  # half of the time
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(files_run, [linear, [file for file in files if file not in linear]]))
