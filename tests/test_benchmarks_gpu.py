@@ -106,6 +106,28 @@ def test_another_gpu_has_rows_of_its_own(tmp_path):
     assert text.index("## one") < text.index("## two")
 
 
+def test_a_contestant_may_go_backward_in_a_context():
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dout):
+            filled = torch.utils.deterministic.fill_uninitialized_memory
+            seen.append(torch.are_deterministic_algorithms_enabled() and not filled)
+            return dout
+
+    function = makers.same_bits(lambda: Watched.apply)()
+    (call,) = cases_of.calls(BACKWARD, function, [(torch.ones(3, requires_grad=True),)])
+    call()
+    assert seen == [False, True] and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 # ---- failures
 
 
@@ -269,9 +291,12 @@ def test_the_real_cases():
     for one in found:
         assert one.rivals() and one.moved > 0 and set(one.kernels) <= kernels and one.traffic in ceilings.NAMES
         assert bool(one.kernels) == (OURS in one.makers)
-    first = [c for c in found if c.priority == 1]
+    first = [c for c in found if c.priority <= 2]  # attention and decoding, never timed with pykern's kernels before
     assert sum(run.estimate(c, list(c.makers)) for c in first) < 240  # what a first call of 8 minutes has time for
-    assert {c.goal for c in first} >= {f"G{i}" for i in (1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13)}
+    assert {c.goal for c in first} == {f"G{i}" for i in (4, 5, 6, 7, 8, 9, 10)}
+    quick = [c for c in found if c.priority == 1]
+    assert sum(run.estimate(c, list(c.makers)) for c in quick) < 60
+    assert {c.goal for c in quick} >= {f"G{i}" for i in (4, 5, 6, 9, 10)}
 
 
 # Which contestants do not exist on the CPU, and what they say.

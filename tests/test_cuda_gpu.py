@@ -3,16 +3,22 @@
 The same checks run on the CPU, where they prove nothing about CUDA but that the checks themselves are sound.
 """
 
+import copy
 from contextlib import nullcontext
 
+import lm_models
 import pytest
 import torch
 from cuda_cases import OPS
+from lm_training import OPTIONS, SHAPE, changed, losses, make_data
 from tools import VIEWS, draw
 
 from pykern import _C
+from pykern.lm import Config, Trainer
+from pykern.lm.trainer import make_model
+from pykern.optim import AdamW
 from pykern.testing import assert_bitwise, assert_close
-from pykern.testing.compare import Tolerance
+from pykern.testing.compare import OUTPUT, Tolerance
 
 pytestmark = pytest.mark.one_isa
 REPEATS = {"cuda": 50, "cpu": 3}
@@ -238,3 +244,58 @@ def test_small_for_the_sanitizer(name, device):
     for dtype in BITS:
         found, _ = results(op, op.function, some_inputs(op, dtype, device))
         assert all(x.cpu().isfinite().all() for x in found.values())
+
+
+# ---- whole models
+
+
+def training_losses(model, ids, targets):
+    """Of three steps, the weights after each being what AdamW made of them."""
+    optimizer = AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(ids, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.finite_norm()
+        found.append(loss.detach().cpu())
+    return torch.stack(found)
+
+
+@both_devices
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("shape", lm_models.SHAPES)
+def test_a_language_model_trains(shape, dtype, device):
+    """From the same weights its losses are those of the CPU."""
+    model = lm_models.make(n_embd=64, block_size=72, vocab_size=101, dtype=dtype, **lm_models.SHAPES[shape])
+    ids = lm_models.random_ids(3, 72, vocab=101)
+    targets = ids.roll(-1, 1).masked_fill(ids % 9 == 0, -100)
+    given = copy.deepcopy(model).to(device), ids.to(device), targets.to(device)
+    expected = training_losses(model, ids, targets)
+    found = training_losses(*given)
+    assert expected[2] < expected[0]
+    assert_close(found, expected, name=f"losses of {shape}", tolerance=OUTPUT[dtype])
+
+
+@both_devices
+@pytest.mark.parametrize("batches", ["blocks", "padded", "packed"])
+def test_a_run_trains_and_resumes(batches, device, tmp_path):
+    """pykern.lm.Trainer where its model is: the losses of the CPU, exact resuming, streams that are put back."""
+    data = make_data(split=None if batches == "blocks" else "lines")
+    options = changed(batches=batches, steps=4, checkpoint_every=2)
+
+    def run(name, place, dropout=0.0, options=options):
+        model = make_model(Config(vocab_size=256, dropout=dropout, **SHAPE), OPTIONS).to(place)
+        return Trainer(model, data, options, tmp_path / name).run()
+
+    run("cpu", "cpu")
+    run("found", device)
+    expected, found = (torch.tensor(losses(tmp_path / name)) for name in ("cpu", "found"))
+    assert_close(found.float(), expected.double(), name=f"losses of {batches}")
+    before = torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state()
+    run("whole", device, 0.1)
+    run("part", device, 0.1, changed(batches=batches, steps=2))
+    Trainer.resume(tmp_path / "part", data, options, device=device).run()
+    assert torch.equal(before, torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state())
+    assert len(losses(tmp_path / "whole")) == 4

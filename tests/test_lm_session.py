@@ -6,7 +6,7 @@ import pytest
 import torch
 from lm_models import POSITIONS, SHAPES, full_logits, make, random_ids
 
-from pykern.lm import KVCache, Sampler, generate
+from pykern.lm import Config, KVCache, Sampler, Transformer, generate
 from pykern.lm.session import DTYPES
 
 # ---- cache
@@ -294,3 +294,10 @@ def test_refusal(case):
     call, error, message = REFUSALS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.one_isa
+def test_a_model_that_is_not_on_the_cpu_is_refused():
+    model = Transformer(Config(n_layer=1, n_head=1, n_embd=4, vocab_size=5, block_size=4), device="meta")
+    with pytest.raises(ValueError, match="session: the model is on meta, but the compiled step runs on the CPU"):
+        model.session()

@@ -7,6 +7,7 @@ the function, of its backward pass alone, or of both.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,17 @@ NOT_FINITE = 1e9
 SUSPICIOUS = 0.05  # a difference, as a part of the largest number, that half precision does not explain
 Maker = Callable[[], Callable[..., Any]]
 Calls = list[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Within:
+    """A contestant's function whose backward pass runs in a context."""
+
+    function: Callable[..., Any]
+    context: Callable[[], AbstractContextManager]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
 
 
 class Source:
@@ -112,7 +124,13 @@ def calls(mode: str, function: Callable[..., Any], sets: list[tuple]) -> Calls:
 def _backward(function: Callable[..., Any], inputs: tuple) -> Callable[[], object]:
     outs = _outs(function(*inputs))
     given = douts(outs)
-    return lambda: torch.autograd.grad(outs, _leaves(inputs), given, retain_graph=True)
+    context = function.context if isinstance(function, Within) else nullcontext
+
+    def backward() -> object:
+        with context():
+            return torch.autograd.grad(outs, _leaves(inputs), given, retain_graph=True)
+
+    return backward
 
 
 def _training(function: Callable[..., Any], inputs: tuple) -> Callable[[], object]:

@@ -17,9 +17,12 @@ from benchmarks.plain_gpt import PlainGPT
 BF16 = torch.bfloat16
 ONE = [  # B, H, G, T, S, D
     *((8, 64, 8, 1, 2048, 128), (1, 64, 8, 1, 4096, 128), (32, 64, 8, 1, 8192, 128), (8, 64, 8, 1, 32768, 128)),
-    (8, 12, 12, 1, 1024, 64),
+    *((8, 12, 12, 1, 1024, 64), (32, 64, 8, 1, 512, 128)),
 ]
-FEW = [(8, 64, 8, 8, 8192, 128), (32, 64, 8, 4, 8192, 128), (1, 64, 8, 16, 32768, 128), (8, 32, 8, 2, 4096, 64)]
+FEW = [
+    *((8, 64, 8, 8, 8192, 128), (32, 64, 8, 4, 8192, 128), (1, 64, 8, 16, 32768, 128), (8, 32, 8, 2, 4096, 64)),
+    (32, 64, 8, 16, 2048, 128),
+]
 CHUNKS = [(1, 8, 8, 256, 131072, 128), (1, 16, 2, 256, 131072, 128)]
 TINY_CASES = [(2, 4, 2, 1, 40, 8), (2, 4, 2, 3, 40, 8)]
 LARGE = Model("gpt 1.2B", 18, 16, 2048, 1024, 128256)
@@ -94,7 +97,7 @@ def attention_cases(tiny: bool) -> Iterator[Case]:
             yield Case(
                 "attention to a cache" if T <= 16 else "chunk of a prompt",
                 goal,
-                priority + i,
+                priority + i // 3,
                 BF16,
                 f"B{B} H{H} G{G} T{T} S{S} D{D}",
                 moved(B, H, G, T, S, D, "forward"),
@@ -136,7 +139,7 @@ def step_cases(tiny: bool) -> Iterator[Case]:
     for goal, model, B in [("G15", TINY, 2)] if tiny else [("G15", GPT2, 1), ("G16", LARGE, 1), ("G15", GPT2, 8)]:
         context = 5 if tiny else CONTEXT
         yield Case(
-            *("decode step", goal, 2 if B == 1 else 4, BF16, f"{model.name} B{B} context{context}"),
+            *("decode step", goal, 5 if B == 1 else 7, BF16, f"{model.name} B{B} context{context}"),
             model.decode_bytes(B, context, BF16.itemsize),
             model.decode_flops(B, context),
             lambda source, model=model, B=B, context=context: step_inputs(source, model, B, context),
@@ -181,7 +184,7 @@ def train_cases(tiny: bool) -> Iterator[Case]:
     """Loss and gradients of a batch, without the optimiser, which has a case of its own."""
     for model, B, T in [(TINY, 2, 8)] if tiny else [(GPT2, 16, 1024)]:
         yield Case(
-            *("loss and gradients", "G14", 3, BF16, f"{model.name} B{B} T{T}"),
+            *("loss and gradients", "G14", 6, BF16, f"{model.name} B{B} T{T}"),
             float(model.parameters * 8),
             model.training_flops(B, T),
             lambda source, model=model, B=B, T=T: train_inputs(source, model, B, T),

@@ -2,14 +2,15 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.case import Maker
+from benchmarks.gpu.case import Maker, Within
 
 COMPILED, TUNED = "torch.compile", "torch.compile max-autotune"
 BACKENDS = {"sdpa flash": "FLASH_ATTENTION", "sdpa cudnn": "CUDNN_ATTENTION", "sdpa efficient": "EFFICIENT_ATTENTION"}
@@ -83,6 +84,24 @@ def pinned(backend: str, attend: Callable[..., Any]) -> Maker:
 def sdpa(attend: Callable[..., Any] = F.scaled_dot_product_attention, names: tuple[str, ...] = ()) -> dict[str, Maker]:
     """Every backend, or those named, pinned."""
     return {name: pinned(name, attend) for name in names or BACKENDS}
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Algorithms that give the same bits each time, where torch has one; it would fill new memory with NaN, too."""
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def same_bits(make: Maker) -> Maker:
+    """The contestant with a deterministic backward pass, which pykern's is: without atomic additions."""
+    return lambda: Within(make(), deterministic)
 
 
 def installed(library: str) -> bool:
