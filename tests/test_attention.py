@@ -354,7 +354,7 @@ def test_grouped_heads_are_repeated_heads(dtype):
 
 
 def test_bfloat16_reaches_the_pairs_where_the_processor_has_them():
-    """An ISA that multiplies pairs, and a tensor core, round the weights to bfloat16 before they meet v; others keep them."""
+    """An ISA that multiplies pairs, or a tensor core, rounds the weights to bfloat16 before they meet v."""
     k = torch.tensor([0.0, 1.0]).view(1, 1, 2, 1).bfloat16()
     v = torch.tensor([256.0, -94.0]).view(1, 1, 2, 1).bfloat16()
     out = pykern.attention(torch.ones(1, 1, 1, 1).bfloat16(), k, v, scale=1.0).item()
