@@ -184,6 +184,13 @@ ROOMS = {  # the kernels that make a room complete
 }
 
 
+LEFT_OUT = (
+    *("thread_count", "chain"),  # what the CPU's kernels promise of their own
+    *("kvcache", "beyond_every_key"),  # decoding
+    *("three", "(attention and gradcheck)", "(attention and ratio and dtype2)"),  # minutes of emulation
+)
+
+
 def extension():
     """The emulated extension of the newest build, or a skip that says why there is none."""
     found = sorted(ROOT.glob("build/*/emulated/_C*"), key=lambda path: path.stat().st_mtime)
@@ -232,8 +239,7 @@ def files_run(files):
     return emulated(
         *("-m", "pytest", "-p", "emulated", *files, "-m", "not one_isa", "-v", "--no-header", "--tb=short"),
         *("-p", "no:cacheprovider", "-o", "addopts="),
-        # the CPU's threads and its chains of tiles, and what takes minutes of emulation
-        *("-k", "not thread_count and not three and not chain and not kvcache"),
+        *("-k", " and ".join(f"not {words}" for words in LEFT_OUT)),
         PYKERN_TEST_EXAMPLES="5",
         PYKERN_EMULATION_SEED="1",
     )
