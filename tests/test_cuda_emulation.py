@@ -185,6 +185,10 @@ ROOMS = {  # the kernels that make a room complete
     "flash_attn_kvcache": "attention_with_kvcache",
 }
 MODULES = ["tests/test_nn.py"]  # of the kernels above, and of attention's
+LEFT_OUT = (
+    *("thread_count", "chain"),  # what the CPU's kernels promise of their own
+    *("three", "(attention and gradcheck)", "(attention and ratio and dtype2)"),  # minutes of emulation
+)
 
 
 def extension():
@@ -233,8 +237,7 @@ def files_run(files):
     return emulated(
         *("-m", "pytest", "-p", "emulated", *files, "-m", "not one_isa", "-v", "--no-header", "--tb=short"),
         *("-p", "no:cacheprovider", "-o", "addopts="),
-        # the CPU's threads and its chains of tiles, and what takes minutes of emulation
-        *("-k", "not thread_count and not packs_its_strips and not three and not chain"),
+        *("-k", " and ".join(f"not {words}" for words in LEFT_OUT)),
         PYKERN_TEST_EXAMPLES="5",
         PYKERN_EMULATION_SEED="1",
     )

@@ -31,7 +31,7 @@ struct PlainTile {
   static_assert(!owns_keys || keys == kOwned<C>);
   union {
     struct {
-      C queries[kQueries][kDepth<C> + V], keys_[keys][kDepth<C> + V];
+      C query_rows[kQueries][kDepth<C> + V], key_rows[keys][kDepth<C> + V];
     } chunk;
     C panel[kOthers][kOwned<C>];  // of the others' rows
   };
@@ -87,17 +87,17 @@ __device__ __forceinline__ void tile_products(Tile& shared, const QueryAt& query
   const int row = side_row() * V, column = side_column();
   for (int first = 0; first < width; first += kDepth<C>) {
     __syncthreads();  // what was there has been read
-    stage<T, kDepth<C>>(shared.chunk.queries, query_at, first, width, words);
-    stage<T, kDepth<C>>(shared.chunk.keys_, key_at, first, width, words);
+    stage<T, kDepth<C>>(shared.chunk.query_rows, query_at, first, width, words);
+    stage<T, kDepth<C>>(shared.chunk.key_rows, key_at, first, width, words);
     __syncthreads();
 #pragma unroll 1  // 64 products each; two would not leave dk and dv their registers
     for (int d = 0; d < kDepth<C>; d += V) {
       Pack<C, V> a[V], b;
 #pragma unroll
-      for (int i = 0; i < V; ++i) read(&shared.chunk.queries[row + i][d], V, true, a[i]);
+      for (int i = 0; i < V; ++i) read(&shared.chunk.query_rows[row + i][d], V, true, a[i]);
 #pragma unroll
       for (int j = 0; j < m; ++j) {
-        read(&shared.chunk.keys_[column + j * kSide][d], V, true, b);
+        read(&shared.chunk.key_rows[column + j * kSide][d], V, true, b);
 #pragma unroll
         for (int i = 0; i < V; ++i)
 #pragma unroll
@@ -225,13 +225,13 @@ __device__ __forceinline__ void store_rows(T* first, int64_t stride, int count, 
 
 // ---- scores and weights of a thread's pairs
 
-// A tile of queries from t0 on (those of this thread from t on) by keys from key0 on.
+// This thread's pairs: V queries from t on by every kSide-th key of a tile.
 template <class T>
 struct PairsOf {
   const Scores<T>& x;
   const Place& at;
   int b, h, t, tile;
-  int key;      // this thread's first, within the tile: those further on are kSide apart
+  int key;      // the first, within the tile
   bool partly;  // window, mask or the end of the rows hide some pair
 
   __device__ __forceinline__ int position(int j) const { return tile * kKeys + key + j * kSide; }

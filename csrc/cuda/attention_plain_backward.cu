@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dq(const Back
   const T* dout = a.dout.at(at.batch, h, at.q_row + t0);
   const T* k = a.k.at(at.batch, h / x.group, at.k_row);
   const T* v = a.v.at(at.batch, h / x.group, at.k_row);
-  const RowFacts<C>* facts = a.facts + (at.batch * x.H + h) * x.queries + at.q_row;
+  const RowFacts<C>* facts = a.facts + (int64_t{at.batch} * x.H + h) * x.queries + at.q_row;
 
   C sum[kPanels<C, wide>][V][V] = {}, one[V];
   fill(one, C(1));
@@ -90,9 +90,6 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
   if (b < 0) return;
   const Place at = x.place(b);
   const int count = at.keys - first < kOwnKeys ? at.keys - first : kOwnKeys;
-  const T* k = a.k.at(at.batch, g, at.k_row + first);
-  const T* v = a.v.at(at.batch, g, at.k_row + first);
-
   C dk[kPanels<C, wide>][V][V] = {}, dv[kPanels<C, wide>][V][V] = {}, one[V];
   fill(one, C(1));
   const int begin = x.first_query(at, first) / kQueries * kQueries;  // so that sums do not depend
@@ -100,7 +97,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
   for (int h = g * x.group; h < (g + 1) * x.group; ++h) {
     const T* q = a.q.at(at.batch, h, at.q_row);
     const T* dout = a.dout.at(at.batch, h, at.q_row);
-    const RowFacts<C>* facts = a.facts + (at.batch * x.H + h) * x.queries + at.q_row;
+    const RowFacts<C>* facts = a.facts + (int64_t{at.batch} * x.H + h) * x.queries + at.q_row;
     for (int t0 = begin; t0 < end; t0 += kQueries) {
       const int behind = t0 + kQueries < at.queries ? t0 + kQueries : at.queries;
       const int own = kept(first), tile = own / kKeys;
@@ -109,6 +106,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
       const bool partly = (found & kHidden) != 0 || behind < t0 + kQueries;
       const PairsOf<T> pairs{
           x, at, b, h, t0 + side_row() * V, tile, own % kKeys + side_column(), partly};
+      const T* k = a.k.at(at.batch, g, at.k_row + own);  // again each time: registers
+      const T* v = a.v.at(at.batch, g, at.k_row + own);
       const auto queries = rows_at(q, a.q.row, t0, at.queries);
       const auto douts = rows_at(dout, a.dout.row, t0, at.queries);
       C p[V][V], ds[V][V];
