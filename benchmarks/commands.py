@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,19 +55,27 @@ def write_inputs(folder: Path) -> None:
     (folder / "shots.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shots))
 
 
+# A process begins with the peak of the one that started it, so a small one starts the command: it tells the time and
+# the peak of its only child.
+STARTER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[2:])
+seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+with open(sys.argv[1], "w") as measured:
+    print(seconds, peak / 1024, code, file=measured)
+"""
+
+
 def measure(arguments: list[str], folder: Path) -> tuple[float, float, str]:
     """Seconds, peak MB and, where the command failed, the end of what it printed."""
+    command = [sys.executable, "-c", STARTER, "measured.txt", sys.executable, "-m", "pykern", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     with (folder / "output.txt").open("w") as output:
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "pykern", *arguments]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
+        subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT, check=True)
+    seconds, megabytes, code = (float(number) for number in (folder / "measured.txt").read_text().split())
     said = (folder / "output.txt").read_text(errors="replace")[-300:]
-    failure = f"exit code {process.returncode}: {said}" if process.returncode else ""
-    return seconds, usage.ru_maxrss / 1024, failure
+    return seconds, megabytes, f"exit code {int(code)}: {said}" if code else ""
 
 
 def rows(data: str, only: list[str]) -> Iterator[str]:

@@ -22,6 +22,13 @@ def test_a_row_is_a_measurement(tmp_path):
     assert 5.0 < megabytes < 1000.0
 
 
+def test_the_peak_is_not_that_of_who_measures(tmp_path):
+    """`--help` imports little; the process that measures it holds a gigabyte."""
+    held = bytearray(2**30)
+    held[::4096] = b"x" * len(held[::4096])  # so that the pages are there
+    assert commands.measure(["--help"], tmp_path)[1] < len(held) / 2**20 / 2
+
+
 def test_a_command_that_fails_is_told(tmp_path):
     *_, failure = commands.measure(["train", "--data", "nowhere.txt", "--out", "model"], tmp_path)
     assert failure.startswith("exit code 1") and "nowhere.txt" in failure
