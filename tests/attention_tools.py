@@ -1,8 +1,9 @@
 """What the tests of attention share: inputs, and the comparison of every result and gradient with the formula."""
 
+import pytest
 import torch
 from philox import kept
-from tools import draw, with_gradients
+from tools import EMULATED, draw, with_gradients
 
 import pykern
 from pykern.testing import assert_close, reference
@@ -27,6 +28,16 @@ def ragged_inputs(queries, keys, D=16, E=None, H=1, G=None, dtype=torch.float64,
         draw(sum(queries), H, E, dtype=dtype, seed=seed + 3),
         dict(cu_seqlens_q=offsets[0], cu_seqlens_k=offsets[1]),
     )
+
+
+def too_wide(tensors, **options):
+    """Whether the heads are wider than those of CUDA's kernels, which then refuse them."""
+    D, E = tensors["q"].shape[-1], tensors["v"].shape[-1]
+    if not EMULATED or max(D, E) <= 256:
+        return False
+    with pytest.raises(ValueError, match=f"attention: head sizes {D} and {E} must be at most 256 on CUDA"):
+        pykern.attention(**tensors, **options)
+    return True
 
 
 def named(attention, **options):

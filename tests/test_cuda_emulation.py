@@ -186,7 +186,7 @@ ROOMS = {  # the kernels that make a room complete
 }
 MODULES = ["tests/test_nn.py"]  # of the kernels above, and of attention's
 LEFT_OUT = (
-    *("thread_count", "chain", "beyond_every_key"),  # what the CPU's kernels promise of their own
+    *("thread_count", "chain"),  # what the CPU's kernels promise of their own
     # minutes of emulation; attention's gradients meet the formula's in its other tests
     *("three", "(attention and gradcheck)", "(attention and ratio and dtype2)", "(alone and dtype3)"),
     "attention_second",  # torch functions put together over the same kernels

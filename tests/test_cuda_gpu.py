@@ -101,12 +101,8 @@ def assert_same(found, wanted, name):
         assert_bitwise(found[result], wanted[result], name=f"{name} {result}")
 
 
-# What shows the inside of attention: on the emulator by tests/test_attention_weights.py and test_attention_dropout.py.
-WITHOUT_A_CASE = {"attention_weights", "attention_dropout"}
-
-
 def test_every_cuda_kernel_has_a_case():
-    assert set(cuda_kernels()) - WITHOUT_A_CASE <= {kernel for op in OPS.values() for kernel in op.kernels}
+    assert set(cuda_kernels()) <= {kernel for op in OPS.values() for kernel in op.kernels}
 
 
 @both_devices

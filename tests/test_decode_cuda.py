@@ -10,7 +10,7 @@ from dlpack_producers import Elsewhere
 from test_decode import compare, inputs, int32, run
 from test_decode_options import paged
 from test_memory import far
-from tools import DTYPES, EMULATED, constant, draw
+from tools import DTYPES, constant, draw, unchecked
 
 import pykern
 from pykern import _C
@@ -167,13 +167,9 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize("device", ["emulator", pytest.param("cuda", marks=pytest.mark.gpu)])
+@unchecked
 @pytest.mark.parametrize("kind", OUTSIDE)
 def test_a_sequence_out_of_range_is_nan_and_appends_nothing(kind, device):
-    if device == "emulator" and not EMULATED:
-        pytest.skip("for the emulator: here the host checks")
-    if device == "cuda" and "attention_with_kvcache" not in _C.cuda_kernels():
-        pytest.skip("no CUDA kernel")
     for dtype in DTYPES:
         arguments = inputs([30, 30, 5], T=2, H=4, G=2, D=24, E=40, R=16, spare=12, dtype=dtype)
         for name in ("rotary_cos", "rotary_sin"):
@@ -205,8 +201,6 @@ def test_a_sequence_out_of_range_is_nan_and_appends_nothing(kind, device):
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash_attn_with_kvcache_on_a_gpu(causal):
     """The host waits for nothing, not for the positions either: a sequence that leaves the rotary table is NaN."""
-    if "attention_with_kvcache" not in _C.cuda_kernels():
-        pytest.skip("no CUDA kernel")
     q, k, v = (draw(3, 2, heads, 16, seed=i).bfloat16() for i, heads in enumerate((4, 2, 2)))
     caches = [draw(3, 40, 2, 16, seed=i).bfloat16() for i in (3, 4)]
     angles, lengths = draw(30, 4, seed=5), int32(7, 29, 28)

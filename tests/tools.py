@@ -11,6 +11,16 @@ from pykern import _C
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 EMULATED = _C.isa() == "emulated"  # the kernels are those of csrc/cuda
+# What the host checks on the CPU and does not look at on a GPU.
+unchecked = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "emulator", marks=pytest.mark.skipif(not EMULATED, reason="for the emulator: here the host checks")
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
 of_the_cpu = pytest.mark.skipif(EMULATED, reason="a promise of the CPU's kernels, which share code")
 
 

@@ -253,20 +253,21 @@ __device__ __forceinline__ double power2(double x) { return exp2(x); }
 // become -infinity. This is as low as it may be.
 template <class C>
 constexpr C kLeastBias = static_cast<C>(sizeof(C) == 4 ? -2.3e38 : -1.2e308);
+template <class C>
+__device__ __forceinline__ C least_bias(C bias) {  // a NaN stays
+  const C least = kLeastBias<C>;
+  return bias < least ? least : bias;
+}
 
 // What the scores of a row need beside its products.
 template <class T>
 struct RowOptions {
   using C = Compute<T>;
-  int b, h, t;
   C slope, diagonal;
   const T* bias;  // null: none
 
   __device__ __forceinline__ RowOptions(const Scores<T>& x, const Place& at, int b, int h, int t)
-      : b(b),
-        h(h),
-        t(t),
-        slope(x.slope(b, h)),
+      : slope(x.slope(b, h)),
         diagonal(static_cast<C>(at.diagonal(t))),
         bias(x.bias.data && t < at.queries ? x.bias.at(b, h, t) : nullptr) {}
 
@@ -281,8 +282,7 @@ struct RowOptions {
     if (bias) {
       const C added = widen(bias[s * x.bias_key]);
       if (added == C(-INFINITY)) return added;
-      const C least = kLeastBias<C>;
-      y = fma(added < least ? least : added, C(kBitsPerNat), y);
+      y = fma(least_bias(added), C(kBitsPerNat), y);
     }
     return y;
   }
@@ -300,6 +300,19 @@ __device__ __forceinline__ RowFacts<C> facts_of(double lse, C delta) {
   if (lse == -INFINITY) return {C(INFINITY), C(1), delta};
   const C shift = static_cast<C>(lse * kBitsPerNat);
   return {shift, static_cast<C>(exp((shift - lse * kBitsPerNat) * kNatsPerBit)), delta};
+}
+
+// What a backward pass reads and writes row by row.
+template <class T>
+struct GradientRows {
+  HeadRows<const T> q, k, v, dout;
+  HeadRows<T> dq, dk, dv;
+};
+template <class T>
+GradientRows<T> gradient_rows(const AttentionBackward& op) {
+  return {head_rows<const T>(op.q),    head_rows<const T>(op.k), head_rows<const T>(op.v),
+          head_rows<const T>(op.dout), head_rows<T>(op.dq),      head_rows<T>(op.dk),
+          head_rows<T>(op.dv)};
 }
 
 // ---- which block takes what

@@ -11,91 +11,9 @@
 // 0.62 of Hopper's rate), and half as long again for what shared memory moves: an ldmatrix for two
 // mma.
 #pragma once
-#include "cuda/attention_halves.cuh"
-#include "cuda/attention_halves.h"
+#include "cuda/attention_backward_tiles.cuh"
 
 namespace pykern::cuda {
-
-constexpr int kM = 64;  // queries of a tile
-
-template <class T>
-struct BackwardHalves {
-  Scores<T> scores;
-  HeadRows<const T> q, k, v, dout;
-  HeadRows<T> dq, dk, dv;
-  bool q_words, k_words, v_words, dout_words, dq_words, dk_words, dv_words;
-  const RowFacts<float>* facts;  // [B, H, T]
-  float scale;                   // of dq and dk
-  float* sums;                   // of dq, tiles of kM x kD
-  uint32_t* turns;               // for each tile: 1 + the last block of keys that has added to it
-  uint32_t* tickets;             // how many blocks have begun
-
-  // The tile that begins with query `first` of sequence b.
-  __device__ __forceinline__ int tile(const Place& at, int b, int h, int first) const {
-    const Scores<T>& x = scores;
-    if (x.cu_q) return h * (x.queries / kM + x.sequences) + at.q_row / kM + b + first / kM;
-    return (b * x.H + h) * ((x.queries + kM - 1) / kM) + first / kM;
-  }
-};
-
-// What a block does, for all its threads: in shared memory, since registers are for the sums.
-struct BackwardPlan {
-  Place at;
-  int b, g, first, last;  // its keys
-  int begin, end;         // tiles of queries of each head that may see them
-  int next_h, next_m;     // the next tile that does; none: next_h is the head behind the last one
-  int next_found;         // Class
-  int h, m, found;        // the tile that is taken now
-  int tile;               // of dq, to which this block adds; those before are said to be done
-  bool others;            // blocks before this one have added to it
-  bool strange_keys;      // some are not finite
-  bool strange_dout;      // some were replaced
-};
-
-template <class T, int kD_, int kN_>
-struct BackwardTiles {
-  static constexpr int kD = kD_, kN = kN_;
-  // Wide heads: two warps hold the sums of the same keys, half of the columns each.
-  static constexpr int kSplit = kD > 128 ? 2 : 1, kOwn = kD / kSplit;
-  static constexpr int kKeyWarps = kN / 16, kWarps = kKeyWarps * kSplit, kThreads = kWarps * kWarp;
-  static constexpr int kStages = kD * kN <= 128 * 128 && kN == 128 ? 2 : 1;
-  // Of dq a warp makes 32 rows by kDqColumns.
-  static constexpr int kDqColumns = kD / (kWarps / 2), kDqPieces = kDqColumns / 8;
-
-  struct Stage {
-    Tile<T, kM, kD> q, dout;
-    alignas(16) float shift[kM], delta[kM];
-    alignas(16) uint64_t words[kN / kKeys][kM];  // which keys each query sees, if not all see all
-  };
-  Tile<T, kN, kD> k, v;  // and then their gradients
-  Tile<T, kN, kM> ds;
-  Stage stage[kStages];
-  uint32_t strange_keys[kN / 32], strange_queries[kM / 32], strange_dout[kM / 32];
-  BackwardPlan plan;
-};
-
-// Numbers of dout that are not finite, of queries that see the key, into its columns of dv: a warp,
-// where they were replaced before they were multiplied.
-template <class T>
-__device__ __forceinline__ void restore_strange_dout(const BackwardHalves<T>& a,
-                                                     const BackwardPlan& plan, int key) {
-  const Scores<T>& x = a.scores;
-  const Place& at = plan.at;
-  T* dv = a.dv.at(at.batch, plan.g, at.k_row + key);
-#pragma unroll 1
-  for (int e = threadIdx.x % kWarp; e < x.E; e += kWarp) {
-    float strange = 0;
-    for (int h = plan.g * x.group; h < (plan.g + 1) * x.group; ++h)
-      for (int t = plan.begin * kM; t < plan.end * kM && t < at.queries; ++t) {
-        const T dout = a.dout.at(at.batch, h, at.q_row + t)[e];
-        if (!is_finite(dout) &&
-            (x.visible(at, plan.b, h, t, key / kKeys) >> key % kKeys & 1) != 0 &&
-            unbiased(x, plan.b, h, t, key))
-          strange += widen(dout);
-      }
-    if (strange != 0) dv[e] = narrow<T>(strange);
-  }
-}
 
 template <class T, int kD, int kN, bool kPlain>
 __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
@@ -158,9 +76,9 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
   const auto fetch_queries = [&](Stage& to) {
     const Place& at = plan.at;
     const int h = plan.next_h, first = plan.next_m * kM;
-    Fetch<T, Tile<T, kM, kD>, kThreads>(a.q.at(at.batch, h, at.q_row), a.q.row, x.D, a.q_words)(
-        to.q, first, at.queries);
-    Fetch<T, Tile<T, kM, kD>, kThreads>(a.dout.at(at.batch, h, at.q_row), a.dout.row, x.E,
+    Fetch<T, Tile<T, kM, kD>, kThreads>(a.rows.q.at(at.batch, h, at.q_row), a.rows.q.row, x.D,
+                                        a.q_words)(to.q, first, at.queries);
+    Fetch<T, Tile<T, kM, kD>, kThreads>(a.rows.dout.at(at.batch, h, at.q_row), a.rows.dout.row, x.E,
                                         a.dout_words)(to.dout, first, at.queries);
     cp_async_commit();
     const int t = first + threadIdx.x % kM;
@@ -180,9 +98,9 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
   if (threadIdx.x == 0) seek(plan.next_h, plan.next_m);
   {
     const Place& at = plan.at;
-    Fetch<T, Tile<T, kN, kD>, kThreads>(a.k.at(at.batch, plan.g, at.k_row), a.k.row, x.D,
+    Fetch<T, Tile<T, kN, kD>, kThreads>(a.rows.k.at(at.batch, plan.g, at.k_row), a.rows.k.row, x.D,
                                         a.k_words)(shared.k, plan.first, plan.last + 1);
-    Fetch<T, Tile<T, kN, kD>, kThreads>(a.v.at(at.batch, plan.g, at.k_row), a.v.row, x.E,
+    Fetch<T, Tile<T, kN, kD>, kThreads>(a.rows.v.at(at.batch, plan.g, at.k_row), a.rows.v.row, x.E,
                                         a.v_words)(shared.v, plan.first, plan.last + 1);
   }
   cp_async_commit();
@@ -305,7 +223,10 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
           const int key = my_key + i / 2 * 8;
           const bool odd = (shared.strange_keys[key / 32] >> key % 32 & 1) != 0 ||
                            (shared.strange_queries[query / 32] >> query % 32 & 1) != 0;
-          if (odd && sees(i, query)) s[n][i] = NAN;
+          const int t = t0() + query;
+          if (odd && t < plan.at.queries && sees(i, query) &&
+              unbiased(x, plan.b, plan.h, t, key_of(i)))
+            s[n][i] = NAN;
         });
       left_factors<T, kM / 16>(s, p);
     }
@@ -466,8 +387,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
             words, v);
     }
   };
-  write(shared.k, a.dk, x.D, a.dk_words);
-  write(shared.v, a.dv, x.E, a.dv_words);
+  write(shared.k, a.rows.dk, x.D, a.dk_words);
+  write(shared.v, a.rows.dv, x.E, a.dv_words);
   if (!plan.strange_dout) return;
   __syncthreads();
 #pragma unroll 1

@@ -9,7 +9,7 @@ namespace {
 template <class T>
 struct Bias {
   Scores<T> x;
-  HeadRows<const T> q, k, v, dout;
+  GradientRows<T> rows;
   HeadRows<T> dbias;
   int64_t key_stride;
   const RowFacts<Compute<T>>* facts;
@@ -58,10 +58,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_dbias(const Bias<T>
           const int g = h / x.group, first = tile * kKeys;
           C s[V][m], ds[V][m];
           unsigned seen[V];
-          tile_products<T>(shared, rows_at(a.q.at(b, h, 0), a.q.row, t0, at.queries),
-                           rows_at(a.k.at(b, g, 0), a.k.row, first, at.keys), x.D, a.words_d, s);
-          tile_products<T>(shared, rows_at(a.dout.at(b, h, 0), a.dout.row, t0, at.queries),
-                           rows_at(a.v.at(b, g, 0), a.v.row, first, at.keys), x.E, a.words_e, ds);
+          tile_products<T>(shared, rows_at(a.rows.q.at(b, h, 0), a.rows.q.row, t0, at.queries),
+                           rows_at(a.rows.k.at(b, g, 0), a.rows.k.row, first, at.keys), x.D,
+                           a.words_d, s);
+          tile_products<T>(
+              shared, rows_at(a.rows.dout.at(b, h, 0), a.rows.dout.row, t0, at.queries),
+              rows_at(a.rows.v.at(b, g, 0), a.rows.v.row, first, at.keys), x.E, a.words_e, ds);
           const RowFacts<C>* facts = a.facts + (int64_t{b} * x.H + h) * x.queries;
           pairs.template weigh<false>(facts, s, ds, seen);
 #pragma unroll
@@ -104,10 +106,7 @@ void bias_gradient(const AttentionBackward& op, const Scores<T>& x,
   const Tensor& db = op.dbias;
   const bool one_row = db.size[2] == 1, one_key = db.size[3] == 1;
   const Bias<T> a{.x = x,
-                  .q = head_rows<const T>(op.q),
-                  .k = head_rows<const T>(op.k),
-                  .v = head_rows<const T>(op.v),
-                  .dout = head_rows<const T>(op.dout),
+                  .rows = gradient_rows<T>(op),
                   .dbias = head_rows<T>(db),
                   .key_stride = db.stride[3],
                   .facts = facts,

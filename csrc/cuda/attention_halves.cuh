@@ -5,10 +5,9 @@
 // weights go from one product to the next without leaving registers.
 #pragma once
 #include "cuda/attention.cuh"
+#include "cuda/mma.cuh"
 
 namespace pykern::cuda {
-
-constexpr int kChunk = 8;  // numbers of 16 bytes
 
 // Rows of kWidth numbers; the chunks of a row are permuted by its number, so that the eight rows
 // that ldmatrix reads at a time lie in different banks.
@@ -20,9 +19,6 @@ struct alignas(128) Tile {
 
   __device__ __forceinline__ T* chunk(int row, int c) {
     return of + row * kWidth + (c ^ row % 8) * kChunk;
-  }
-  __device__ __forceinline__ const T& at(int row, int column) const {
-    return of[row * kWidth + (column / kChunk ^ row % 8) * kChunk + column % kChunk];
   }
 };
 
@@ -47,23 +43,6 @@ class LaneRows {
  private:
   int line_, half_;
 };
-
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1, bf16) {
-  mma_bf16(d, a, b0, b1);
-}
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1, f16) {
-  mma_f16(d, a, b0, b1);
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t rounded_pair(float first, float second) {
-  if constexpr (std::is_same_v<T, bf16>)
-    return bf16_pair(first, second);
-  else
-    return f16_pair(first, second);
-}
 
 // A product of 16 rows by 16 n columns, rounded, as the left factor of the next one: 16 of its k
 // each.
@@ -129,20 +108,8 @@ struct Fetch {
   bool words_;
 };
 
-// As low as a bias may be in base 2; a NaN stays.
-__device__ __forceinline__ float least_bias(float bias) {
-  const float least = kLeastBias<float>;
-  return bias < least ? least : bias;
-}
-
 // ---- numbers that are not finite: 0 times them is NaN, so in a tile that some row does not see
 // as a whole they are replaced
-
-template <class T>
-__device__ __forceinline__ bool is_finite(T x) {
-  constexpr uint16_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
-  return (x.bits & kExponent) != kExponent;
-}
 
 // Sets bit i of `rows` where row i of the tile has a number that is not finite. All threads call;
 // a barrier must follow.

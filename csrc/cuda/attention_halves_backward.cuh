@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(256) finish_dq(const BackwardHalves<T> a) {
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) v[2 * j] = even[j] * a.scale, v[2 * j + 1] = odd[j] * a.scale;
-    store(a.dq.at(at.batch, h, at.q_row + mine.first + row) + column, x.D - column, a.dq_words, v);
+    store(a.rows.dq.at(at.batch, h, at.q_row + mine.first + row) + column, x.D - column, a.dq_words,
+          v);
   }
 }
 
@@ -55,13 +56,7 @@ bool halves_backward(const AttentionBackward& op, const Scores<T>& x, const RowF
                             static_cast<cudaStream_t>(stream)),
             "cudaMemsetAsync");
     const BackwardHalves<T> a{.scores = x,
-                              .q = head_rows<const T>(op.q),
-                              .k = head_rows<const T>(op.k),
-                              .v = head_rows<const T>(op.v),
-                              .dout = head_rows<const T>(op.dout),
-                              .dq = head_rows<T>(op.dq),
-                              .dk = head_rows<T>(op.dk),
-                              .dv = head_rows<T>(op.dv),
+                              .rows = gradient_rows<T>(op),
                               .q_words = takes_packs<T>(op.q),
                               .k_words = takes_packs<T>(op.k),
                               .v_words = takes_packs<T>(op.v),

@@ -10,8 +10,7 @@ namespace {
 template <class T>
 struct Backward {
   Scores<T> x;
-  HeadRows<const T> q, k, v, dout;
-  HeadRows<T> dq, dk, dv;
+  GradientRows<T> rows;
   const RowFacts<Compute<T>>* facts;
   Compute<T> scale;
   int key_heads, query_blocks, key_blocks;  // blocks of a head
@@ -40,10 +39,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dq(const Back
   if (b < 0) return;
   const Place at = x.place(b);
   const int count = at.queries - t0 < kQueries ? at.queries - t0 : kQueries;
-  const T* q = a.q.at(at.batch, h, at.q_row + t0);
-  const T* dout = a.dout.at(at.batch, h, at.q_row + t0);
-  const T* k = a.k.at(at.batch, h / x.group, at.k_row);
-  const T* v = a.v.at(at.batch, h / x.group, at.k_row);
+  const T* q = a.rows.q.at(at.batch, h, at.q_row + t0);
+  const T* dout = a.rows.dout.at(at.batch, h, at.q_row + t0);
+  const T* k = a.rows.k.at(at.batch, h / x.group, at.k_row);
+  const T* v = a.rows.v.at(at.batch, h / x.group, at.k_row);
   const RowFacts<C>* facts = a.facts + (int64_t{at.batch} * x.H + h) * x.queries + at.q_row;
 
   C sum[kPanels<C, wide>][V][V] = {}, one[V];
@@ -55,19 +54,19 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dq(const Back
     const int first = tile * kKeys;
     const PairsOf<T> pairs{
         x, at, b, h, own + side_row() * V, tile, side_column(), (found & kHidden) != 0};
-    const auto keys = rows_at(k, a.k.row, first, at.keys);
+    const auto keys = rows_at(k, a.rows.k.row, first, at.keys);
     C s[V][QueryTile<T>::kEach], ds[V][QueryTile<T>::kEach];
     unsigned seen[V];
-    tile_products<T>(shared, rows_at(q, a.q.row, 0, count), keys, x.D, a.words_d, s);
-    tile_products<T>(shared, rows_at(dout, a.dout.row, 0, count),
-                     rows_at(v, a.v.row, first, at.keys), x.E, a.words_e, ds);
+    tile_products<T>(shared, rows_at(q, a.rows.q.row, 0, count), keys, x.D, a.words_d, s);
+    tile_products<T>(shared, rows_at(dout, a.rows.dout.row, 0, count),
+                     rows_at(v, a.rows.v.row, first, at.keys), x.E, a.words_e, ds);
     pairs.template weigh<true>(facts, s, ds, seen);
     put_by_key(shared.weights, ds);
     if (pairs.hides()) put_sight(shared, seen);
     add_rows<T, kKeys>(shared, shared.weights, keys, x.D, a.words_d, pairs.hides(), one, sum);
   }
   store_rows(
-      a.dq.at(at.batch, h, at.q_row + t0), a.dq.row, count, x.D, a.words_dq,
+      a.rows.dq.at(at.batch, h, at.q_row + t0), a.rows.dq.row, count, x.D, a.words_dq,
       [&](int) { return a.scale; }, sum);
 }
 
@@ -95,8 +94,8 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
   const int begin = x.first_query(at, first) / kQueries * kQueries;  // so that sums do not depend
   const int end = x.end_query(at, first + count - 1);                // on which keys these are
   for (int h = g * x.group; h < (g + 1) * x.group; ++h) {
-    const T* q = a.q.at(at.batch, h, at.q_row);
-    const T* dout = a.dout.at(at.batch, h, at.q_row);
+    const T* q = a.rows.q.at(at.batch, h, at.q_row);
+    const T* dout = a.rows.dout.at(at.batch, h, at.q_row);
     const RowFacts<C>* facts = a.facts + (int64_t{at.batch} * x.H + h) * x.queries + at.q_row;
     for (int t0 = begin; t0 < end; t0 += kQueries) {
       const int behind = t0 + kQueries < at.queries ? t0 + kQueries : at.queries;
@@ -106,14 +105,14 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
       const bool partly = (found & kHidden) != 0 || behind < t0 + kQueries;
       const PairsOf<T> pairs{
           x, at, b, h, t0 + side_row() * V, tile, own % kKeys + side_column(), partly};
-      const T* k = a.k.at(at.batch, g, at.k_row + own);  // again each time: registers
-      const T* v = a.v.at(at.batch, g, at.k_row + own);
-      const auto queries = rows_at(q, a.q.row, t0, at.queries);
-      const auto douts = rows_at(dout, a.dout.row, t0, at.queries);
+      const T* k = a.rows.k.at(at.batch, g, at.k_row + own);  // again each time: registers
+      const T* v = a.rows.v.at(at.batch, g, at.k_row + own);
+      const auto queries = rows_at(q, a.rows.q.row, t0, at.queries);
+      const auto douts = rows_at(dout, a.rows.dout.row, t0, at.queries);
       C p[V][V], ds[V][V];
       unsigned seen[V];
-      tile_products<T>(shared, queries, rows_at(k, a.k.row, 0, count), x.D, a.words_d, p);
-      tile_products<T>(shared, douts, rows_at(v, a.v.row, 0, count), x.E, a.words_e, ds);
+      tile_products<T>(shared, queries, rows_at(k, a.rows.k.row, 0, count), x.D, a.words_d, p);
+      tile_products<T>(shared, douts, rows_at(v, a.rows.v.row, 0, count), x.E, a.words_e, ds);
       pairs.template weigh<true>(facts, p, ds, seen);
       put_by_query(shared.weights, p);
       put_by_query(shared.gradients, ds);
@@ -123,10 +122,10 @@ __global__ void __launch_bounds__(kTileThreads, 1) attention_plain_dkv(const Bac
     }
   }
   store_rows(
-      a.dk.at(at.batch, g, at.k_row + first), a.dk.row, count, x.D, a.words_dk,
+      a.rows.dk.at(at.batch, g, at.k_row + first), a.rows.dk.row, count, x.D, a.words_dk,
       [&](int) { return a.scale; }, dk);
   store_rows(
-      a.dv.at(at.batch, g, at.k_row + first), a.dv.row, count, x.E, a.words_dv,
+      a.rows.dv.at(at.batch, g, at.k_row + first), a.rows.dv.row, count, x.E, a.words_dv,
       [](int) { return C(1); }, dv);
 }
 
@@ -142,13 +141,7 @@ void plain_backward(const AttentionBackward& op, const Scores<T>& x,
   const int64_t query_blocks = blocks_of(x.sequences, x.queries, ragged, kOwned<C>);
   const int64_t key_blocks = blocks_of(x.sequences, x.keys, ragged, kOwned<C>);
   const Backward<T> a{.x = x,
-                      .q = head_rows<const T>(op.q),
-                      .k = head_rows<const T>(op.k),
-                      .v = head_rows<const T>(op.v),
-                      .dout = head_rows<const T>(op.dout),
-                      .dq = head_rows<T>(op.dq),
-                      .dk = head_rows<T>(op.dk),
-                      .dv = head_rows<T>(op.dv),
+                      .rows = gradient_rows<T>(op),
                       .facts = facts,
                       .scale = static_cast<C>(op.scale),
                       .key_heads = static_cast<int>(G),

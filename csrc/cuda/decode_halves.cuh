@@ -5,7 +5,7 @@
 //   s [rows, 16 keys] = q k^T     o [rows, E] += p v
 #pragma once
 #include "cuda/decode.cuh"
-#include "cuda/gemm_halves.cuh"
+#include "cuda/mma.cuh"
 
 namespace pykern::cuda {
 
@@ -39,18 +39,6 @@ struct HalvesShared {
   uint4 queries[Shape::kFull ? kTiles * kWidth / kTile * kWarp : 1];  // fragments
   BlockShared block;
 };
-
-__device__ __forceinline__ uint32_t pair_bits(float a, float b, bf16) { return bf16_pair(a, b); }
-__device__ __forceinline__ uint32_t pair_bits(float a, float b, f16) { return f16_pair(a, b); }
-
-// Two halves, of which those that are infinite or NaN are 0
-template <class T>
-__device__ __forceinline__ uint32_t finite_halves(uint32_t word) {
-  constexpr uint32_t exponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
-  if ((word & exponent) == exponent) word &= 0xffff0000;
-  if ((word >> 16 & exponent) == exponent) word &= 0xffff;
-  return word;
-}
 
 // Lines of 16-byte chunks, permuted so that eight that ldmatrix reads at once are in different
 // banks.
@@ -148,7 +136,7 @@ class HalvesSums {
       for (int r = 0; r < 2; ++r) rescale[r] = weigh(p[i], i, r, first, whole);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        weights[i][j] = pair_bits(p[i][j / 2][j % 2 * 2], p[i][j / 2][j % 2 * 2 + 1], T{});
+        weights[i][j] = rounded_pair<T>(p[i][j / 2][j % 2 * 2], p[i][j / 2][j % 2 * 2 + 1]);
       if (!__any_sync(kAllLanes, rescale[0] != 1 || rescale[1] != 1)) return;
 #pragma unroll
       for (int j = 0; j < kWidth / 8; ++j)

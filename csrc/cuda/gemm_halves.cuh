@@ -3,12 +3,12 @@
 // multiplied.
 #pragma once
 #include "cuda/gemm.cuh"
+#include "cuda/mma.cuh"
 
 namespace pykern::cuda {
 
 constexpr int kTileRows = 128, kDepth = 32, kStages = 4;
 constexpr int kWarpTile = 64;  // rows and columns of a warp
-constexpr int kChunk = 8;      // numbers of 16 bytes
 
 // Threads of a block are as many as columns: two warps up, kColumns / 64 across.
 template <class T, int kColumns>
@@ -93,15 +93,6 @@ class Reader {
  private:
   int line_, half_;  // in chunks
 };
-
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1, bf16) {
-  mma_bf16(d, a, b0, b1);
-}
-__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1, f16) {
-  mma_f16(d, a, b0, b1);
-}
 
 // Half a tile of sums, rows apart by more than the banks.
 template <int kColumns>

@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <vector>
+
 namespace pykern::cuda {
 
 // ---- numbers
@@ -18,7 +20,16 @@ inline uint16_t f16_bits(float x) {
   if (x != x) return 0x7fff;
   return std::bit_cast<uint16_t>(static_cast<_Float16>(x));
 }
-inline float f16_value(uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
+// A table: without an instruction for it a conversion is most of the time of a product.
+inline float f16_value(uint16_t bits) {
+  static const auto all = [] {
+    std::vector<float> values(1 << 16);
+    for (int i = 0; i < 1 << 16; ++i)
+      values[i] = static_cast<float>(std::bit_cast<_Float16>(static_cast<uint16_t>(i)));
+    return values;
+  }();
+  return all[bits];
+}
 inline uint32_t bf16_pair(float first, float second) {
   return bf16_bits(first) | uint32_t(bf16_bits(second)) << 16;
 }
