@@ -183,13 +183,15 @@ ROOMS = {  # the kernels that make a room complete
     "attention": "attention_backward",
     "decode": "attention_with_kvcache",
     "flash_attn_kvcache": "attention_with_kvcache",
+    "sampling": "sample",
 }
-MODULES = ["tests/test_nn.py"]  # of the kernels above, and of attention's
+MODULES = ["tests/test_nn.py", "tests/test_lm_step.py"]  # of the kernels above put together
 LEFT_OUT = (
     *("thread_count", "chain"),  # what the CPU's kernels promise of their own
     # minutes of emulation; attention's gradients meet the formula's in its other tests
     *("three", "(attention and gradcheck)", "(attention and ratio and dtype2)", "(alone and dtype3)"),
     "attention_second",  # torch functions put together over the same kernels
+    "frequencies",  # of 20000 draws: each draw is the rule's in another test
     "((ragged or attention_options) and (dtype1 or dtype2 or dtype3))",
 )
 
@@ -229,10 +231,26 @@ def test_the_extension_is_the_emulated_one():
 
 
 def test_an_op_without_a_cuda_kernel_refuses():
-    code = "import emulated, torch; from pykern.lm import Sampler; Sampler(0.0, batch=1)(torch.ones(1, 3))"
-    run = emulated("-c", code)
+    code = "_C.roofline_copy(torch.ones(64), torch.ones(64), tasks=1, repeats=1)"
+    run = emulated("-c", f"import emulated, torch; from pykern import _C; {code}")
     assert run.returncode == 1
-    assert "RuntimeError: sample: pykern has no CUDA kernel for it yet" in run.stderr
+    assert "RuntimeError: roofline_copy: pykern has no CUDA kernel for it yet" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "session", "words"),
+    [
+        ("positions='t5'", "", "lm_step: distance_bias has no CUDA kernel yet"),
+        ("", "cache_dtype='int8'", "lm_step: int8 caches have no CUDA kernel yet"),
+        ("", "dtype='int4'", "pack: int4 weights have no CUDA kernel yet"),
+    ],
+)
+def test_a_session_without_cuda_kernels_refuses(config, session, words):
+    shape = f"n_layer=1, n_head=1, n_embd=8, vocab_size=5, block_size=4, {config}"
+    code = f"model = Transformer(Config({shape})); model.session({session}).step(torch.zeros(1).long())"
+    run = emulated("-c", f"import emulated, torch; from pykern.lm import Config, Transformer; {code}")
+    assert run.returncode == 1
+    assert f"ValueError: {words}" in run.stderr
 
 
 def files_run(files):

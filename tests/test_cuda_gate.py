@@ -31,8 +31,10 @@ def test_nothing_spills(built):
     assert spilled == {}
 
 
-# Kernels that move no packs: they sort, add columns or partial sums, or copy single numbers or bits.
-SCALAR = re.compile(r"column_sums|sort_|take_keys|add_partial|pack_mask|attention_dsinks|attention_dropout")
+# Kernels that move no packs: they sort, add columns or partial sums, choose tokens, or copy single numbers or bits.
+SCALAR = re.compile(
+    r"column_sums|sort_|take_keys|add_partial|pack_mask|attention_dsinks|attention_dropout|choose_tokens"
+)
 SMALL_PACKS = re.compile(r"attention_(plain|dbias|weights).*<(bf16|f16)")  # four halves, widened to 16 bytes
 WRITES_NUMBERS = re.compile(r"square_sums|cross_entropy_f|attention_(facts|weights|dbias)")
 
@@ -53,6 +55,13 @@ def test_halves_are_multiplied_on_tensor_cores(built):
     counts = {k: (n["HMMA"], n["LDSM"]) for k, n in products.items()}
     assert set(counts.values()) == {(64, 24)}, counts
     assert min(n["LDGSTS"] for n in products.values()) >= 6  # of a stage: 24 or 16 KB, 16 bytes a thread
+
+
+def test_few_rows_are_multiplied_on_tensor_cores(built):
+    """Four steps of 16 k a stage, for each of one or four tiles of 8 columns, and no barrier: a block is a warp."""
+    products = {k: n for k, n in built.items() if k.startswith("gemm_few_rows")}
+    assert len(products) == 4
+    assert {(n["HMMA"], n["LDSM"], n["BAR"]) for n in products.values()} == {(4, 6, 0), (16, 12, 0)}
 
 
 def test_registers_leave_room_for_the_block(built):

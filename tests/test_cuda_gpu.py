@@ -102,7 +102,8 @@ def assert_same(found, wanted, name):
 
 
 def test_every_cuda_kernel_has_a_case():
-    assert set(cuda_kernels()) <= {kernel for op in OPS.values() for kernel in op.kernels}
+    of_a_session = {"lm_step", "lm_generate"}  # test_a_session_decodes
+    assert set(cuda_kernels()) <= {kernel for op in OPS.values() for kernel in op.kernels} | of_a_session
 
 
 @both_devices
@@ -299,3 +300,38 @@ def test_a_run_trains_and_resumes(batches, device, tmp_path):
     Trainer.resume(tmp_path / "part", data, options, device=device).run()
     assert torch.equal(before, torch.cuda.get_rng_state() if device == "cuda" else torch.get_rng_state())
     assert len(losses(tmp_path / "whole")) == 4
+
+
+SESSIONS = [shape for shape, changes in lm_models.SHAPES.items() if changes.get("positions") != "t5"]
+
+
+@both_devices
+@pytest.mark.parametrize("dtype", BITS)
+@pytest.mark.parametrize("shape", SESSIONS)
+def test_a_session_decodes(shape, dtype, device):
+    """Logits by the formula; texts have the bits and tokens that they have alone, and end where a token says so."""
+    model = lm_models.make(n_embd=64, block_size=72, vocab_size=101, **lm_models.SHAPES[shape])
+    rounded = copy.deepcopy(model).to(dtype)
+    ids = lm_models.random_ids(3, 72, vocab=101)
+    model.to(device)
+    name = str(dtype).removeprefix("torch.")
+    session, alone = model.session(dtype=name, batch=3), model.session(dtype=name)
+
+    def logits(session, ids):
+        session.reset()
+        found = [session.prefill(ids[:, :40]), *(session.step(ids[:, i]) for i in range(40, 60))]
+        return torch.stack(found, 1).cpu()
+
+    found = logits(session, ids)
+    usual = lm_models.full_logits(rounded, ids)[:, 39:60].double()
+    wanted = lm_models.full_logits(rounded.double(), ids)[:, 39:60]
+    assert (found - wanted).square().mean().sqrt() <= 2 * (usual - wanted).square().mean().sqrt() + 1e-6
+    assert_bitwise(logits(alone, ids[1:2]), found[1:2], name="alone")
+    options = dict(max_new_tokens=30, temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.2)
+    drawn = session.generate(ids[:, :8], seed=7, **options)
+    for b in range(3):
+        assert torch.equal(alone.generate(ids[b : b + 1, :8], seed=7 + b, **options), drawn[b : b + 1])
+    stop = int(drawn[1, 20])
+    first = int((drawn[1, 8:] == stop).nonzero()[0])
+    ended = alone.generate(ids[1:2, :8], seed=8, stop_tokens=(stop,), **options)
+    assert torch.equal(ended, drawn[1:2, : 8 + first + 1])

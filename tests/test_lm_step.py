@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lm_models import SHAPES, full_logits, make, random_ids
+from tools import EMULATED, of_the_cpu
 
 from pykern import _C, ops
 from pykern.lm.packing import GROUPS, pack, quantise
@@ -28,6 +29,10 @@ MODELS |= {
         **{"n_hidden": 13, "rope_theta": 5e5, "norm_eps": 0.05, "n_embd": 24, "vocab_size": 37, "block_size": 80},
     },
 }
+if EMULATED:  # lm_step on CUDA has no distance_bias
+    MODELS = {name: shape for name, shape in MODELS.items() if shape.get("positions") != "t5"}
+packed = pytest.mark.skipif(EMULATED, reason="on CUDA weights are not packed")
+STORED = ("float32", "bfloat16", *([] if EMULATED else GROUPS))
 # New tokens of each text in each call; text 0 goes over a page of 64 keys.
 CALLS = ({0: 1, 1: 5, 2: 7}, {2: 13, 0: 20}, {1: 1}, {0: 7, 2: 1, 1: 20}, {1: 1, 2: 1, 0: 1}, {0: 41, 1: 2})
 INTEGERS = {"dtype": torch.int64}
@@ -73,6 +78,14 @@ def test_ragged_texts_have_the_logits_of_the_forward_pass(shape, dtype):
     session.cache.v.fill_(math.nan)
     got = grow(session, texts)
     assert session.cache.lengths.tolist() == [70, 29, 22]
+    if EMULATED:  # attention to a cache is a kernel of its own there: the formula, and the bits of a text by itself
+        itself = [model.session(dtype=dtype).extend([text], [0], every=True) for text in texts]
+        assert_same(got, itself)
+        rounded = alone(model.to(getattr(torch, dtype)), texts)
+        for a, b, wanted in zip(got, rounded, alone(model.double(), texts), strict=True):
+            error, usual = ((x.double() - wanted).square().mean().sqrt() for x in (a, b))
+            assert error <= 2 * usual + 1e-7, f"{float(error)}, of the modules {float(usual)}"
+        return
     expected = alone(model.to(getattr(torch, dtype)), texts)
     assert all(x.isfinite().all() for x in expected)
     assert_same(got, expected)
@@ -89,7 +102,7 @@ def test_logits_of_last_rows_are_some_of_all_rows():
     assert torch.equal(none.cache.k, every.cache.k) and torch.equal(none.cache.v, every.cache.v)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", STORED)
 def test_threads_and_repetition_change_no_bit(dtype, threads, with_threads):
     model = make(**WIDE, n_kv_head=1)
     texts = texts_of(model.config)
@@ -98,6 +111,7 @@ def test_threads_and_repetition_change_no_bit(dtype, threads, with_threads):
         assert_same(with_threads(threads, lambda: grow(model.session(dtype=dtype, batch=3), texts)), first)
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_threads_share_the_keys_of_a_long_text(dtype, with_threads):
     """One key head and 1400 keys: two threads sum a part each; generation crosses from one part into two."""
@@ -141,6 +155,7 @@ def dequantised(model, kind):
     return model
 
 
+@packed
 @pytest.mark.parametrize("kind", GROUPS)
 @pytest.mark.parametrize("shape", QUANTISED)
 def test_quantised_step_is_a_float32_model_of_what_the_weights_stand_for(shape, kind):
@@ -152,6 +167,7 @@ def test_quantised_step_is_a_float32_model_of_what_the_weights_stand_for(shape, 
     assert not torch.equal(expected[0], full_logits(make(**changes), texts[0][None])[0])
 
 
+@packed
 @pytest.mark.parametrize("kind", GROUPS)
 def test_tied_head_is_quantised_and_the_embedding_is_not(kind):
     texts = texts_of(make(**WIDE).config)
@@ -200,6 +216,7 @@ def test_quantise_refuses_what_is_not_finite(kind):
             quantise(weight, kind)
 
 
+@packed
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", *GROUPS])
 @pytest.mark.parametrize(("N", "K"), [(1, 1), (40, 33), (16, 64), (37, 150)])
 def test_packed_weight_lies_as_the_header_says(dtype, N, K):
@@ -276,7 +293,7 @@ def one_by_one(session, x, stop=()):
     return torch.stack(columns, 1)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
+@pytest.mark.parametrize("dtype", STORED)
 def test_generate_is_step_and_sample_one_by_one(dtype, threads):
     (session, x), (other, y) = ready(dtype), ready(dtype)
     expected = one_by_one(other, y)

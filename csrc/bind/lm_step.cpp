@@ -49,9 +49,14 @@ class Fields {
   }
 
  private:
-  // Panels are read as the ISA in use lays them out.
+  // Panels are read as the ISA in use lays them out, on CUDA rows are.
   static void check_layout(const char* name, const PackedWeight& w) {
     const Tensor& t = w.panels;
+    if (t.device == Device::cuda || runtime::panel_width() == 0) {
+      PYKERN_CHECK(value, t.rank == 2 && w.kind == WeightKind::numbers, kStep, ": ", name,
+                   " is packed, which CUDA does not read");
+      return;
+    }
     const bool pairs = t.dtype == DType::bf16 && runtime::pairs_bf16();
     const int width = runtime::panel_width() / (w.kind == WeightKind::int4 ? 2 : 1);
     PYKERN_CHECK(value,
@@ -101,7 +106,7 @@ class Model {
     const Borrowed lengths_(lengths, kStep, "lengths"), table_(block_table, kStep, "block_table");
     const Optional logits_(logits, kStep, "logits");
     const LmStep op{&model_, tokens_, first_rows_, lengths_, table_, logits_};
-    PYKERN_RUN(lm_step, op, op.tokens);
+    PYKERN_RUN(lm_step, op, here());
   }
 
   int64_t generate(py::handle tokens, py::handle first_rows, py::handle lengths,
@@ -125,11 +130,15 @@ class Model {
                         stop_,
                         {temperature, top_p, min_p, repetition_penalty, top_k},
                         &steps};
-    PYKERN_RUN(lm_generate, op, op.step.tokens);
+    PYKERN_RUN(lm_generate, op, here());
     return steps;
   }
 
  private:
+  // The device of the model, and the stream in which its framework works at the moment
+  Tensor here() const {
+    return Borrowed(owned_[0].cast<py::dict>()["embedding"], kStep, "embedding").tensor();
+  }
   static LmLayer layer_of(const py::dict& dict) {
     const Fields f(dict);
     LmLayer layer;

@@ -1,5 +1,6 @@
 #include "cuda/columns.cuh"
 #include "cuda/elementwise.cuh"
+#include "cuda/gemm_few_rows.cuh"
 #include "cuda/gemm_halves.cuh"
 #include "cuda/gemm_plain.cuh"
 #include "cuda/ring.cuh"
@@ -130,6 +131,10 @@ int64_t length_of_parts(Layout layout, int64_t M, int64_t N, int64_t K) {
   return length < K ? length : K;
 }
 
+// From so many columns on a warp takes 32 of a product of few rows: there are enough for every GPU,
+// and A is read less often.
+constexpr int64_t kFewManyColumns = 8192;
+
 // 256 columns a block read less per product, 128 leave less of the GPU idle in the end.
 bool takes_wide_tiles(int64_t rows, int64_t columns, int64_t parts) {
   const auto filled = [&](int64_t tile, int64_t at_once) {
@@ -165,6 +170,22 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
                     .shared = shared};
     launch(what, kernel, grid, stream, product);
   };
+  const auto add = [&] {
+    if (parts > 1)
+      launch("add_parts", add_parts<T>, element_grid<T>(Extent{M, N, true}), stream, product,
+             parts);
+  };
+  if constexpr (sizeof(T) == 2 && layout == Layout::nt) {
+    if (M <= kFewRows) {
+      if (N < kFewManyColumns)
+        start(gemm_few_rows<T, kFewColumns>, kFewRows, kFewColumns, kWarp,
+              sizeof(FewShared<T, kFewColumns>));
+      else
+        start(gemm_few_rows<T, kFewWideColumns>, kFewRows, kFewWideColumns, kWarp,
+              sizeof(FewShared<T, kFewWideColumns>));
+      return add();
+    }
+  }
   if constexpr (sizeof(T) == 2) {
     if (takes_wide_tiles(M, N, parts))
       start(gemm_halves<T, a_by_k, b_by_k, 256>, kTileRows, 256, 256, sizeof(Stages<T, 256>));
@@ -174,8 +195,7 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
     start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile<T>, kPlainTile<T>, kPlainThreads,
           sizeof(PlainShared<T>));
   }
-  if (parts > 1)
-    launch("add_parts", add_parts<T>, element_grid<T>(Extent{M, N, true}), stream, product, parts);
+  add();
 }
 
 // ---- sums of columns

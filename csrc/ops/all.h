@@ -45,6 +45,9 @@
   X(attention_weights, AttentionWeights) \
   X(attention_dropout, AttentionDropout) \
   X(attention_with_kvcache, DecodeForward) \
+  X(sample, Sample) \
+  X(lm_step, LmStep) \
+  X(lm_generate, LmGenerate) \
   /* end of the list */
 
 // Those that run on the CPU only:
@@ -52,9 +55,6 @@
   X(roofline_fma, RooflineFma) \
   X(roofline_read, RooflineRead) \
   X(roofline_copy, RooflineCopy) \
-  X(lm_step, LmStep) \
-  X(lm_generate, LmGenerate) \
-  X(sample, Sample) \
   /* end of the list */
 
 #define PYKERN_OPS(X) \

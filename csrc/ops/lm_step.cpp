@@ -10,6 +10,12 @@ static int64_t at(const Tensor& t, int64_t i) {
   return static_cast<const int32_t*>(t.data)[i * t.stride[0]];
 }
 
+// What is said about the texts is read by the host, wherever the model is.
+static void on_host(const Arg& a) {
+  PYKERN_CHECK(value, !a.t.given || a.t.device == Device::cpu, c.op, ": ", a.name,
+               " must be on the CPU, also where the model is not");
+}
+
 static void check_vector(const char* name, const Tensor& t, int64_t n, const Tensor& like) {
   const Arg a{name, t};
   c.same_dtype(a, {"embedding", like});
@@ -24,6 +30,12 @@ static void check_weight(const char* name, const PackedWeight& w, int64_t N, int
   PYKERN_CHECK(value, w.panels.given && w.N == N && w.K == K, c.op, ": ", name, " is [", w.N, ", ",
                w.K, "], expected [", N, ", ", K, "]");
   c.contiguous(panels);
+  if (w.panels.rank == 2) {  // rows, on CUDA
+    c.same_dtype(panels, {"embedding", like});
+    c.size(panels, 0, N, "its rows");
+    c.size(panels, 1, K, "its columns");
+    return;
+  }
   PYKERN_CHECK(value, w.panels.rank >= 3, c.op, ": ", name, " is not packed");
   const bool bytes = w.kind != WeightKind::numbers;
   const int64_t nibbles = w.kind == WeightKind::int4 ? 2 : 1;
@@ -99,7 +111,6 @@ void check(const LmModel& m) {
   const Arg embedding{"embedding", m.embedding};
   PYKERN_CHECK(type, m.embedding.dtype == DType::f32 || m.embedding.dtype == DType::bf16, c.op,
                ": embedding has dtype ", name(m.embedding.dtype), ", expected float32 or bfloat16");
-  PYKERN_CHECK(value, m.embedding.device == Device::cpu, c.op, ": runs on the CPU only");
   c.rank(embedding, 2, "[V, E]");
   c.contiguous(embedding);
   c.size(embedding, 0, m.vocabulary, "vocabulary");
@@ -188,8 +199,7 @@ static void check_step(const LmStep& op, int64_t more) {
   c.dtype(table, DType::i32);
   c.rank(table, 2, "[S, pages of a text]");
   c.size(table, 0, S, "texts");
-  for (const Arg& a : {tokens, first_rows, lengths, table})
-    c.same_device(a, {"embedding", m.embedding});
+  for (const Arg& a : {tokens, first_rows, lengths, table}) on_host(a);
   if (op.logits.given) {
     c.same_dtype(logits, {"embedding", m.embedding});
     c.rank(logits, 2, "[R, V] or [S, V]");
@@ -218,7 +228,7 @@ void check(const LmGenerate& op) {
   c.size(ids, 0, S, "texts");
   for (const Arg& a : {ids, seeds, draws, history, counts, stop}) {
     c.dtype(a, DType::i64);
-    c.same_device(a, tokens);
+    on_host(a);
     c.contiguous(a);
   }
   for (const Arg& a : {seeds, draws, counts}) {

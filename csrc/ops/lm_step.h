@@ -7,7 +7,9 @@
 //   every layer   x += attn(norm(x)), x += mlp(norm(x))
 //   logits = norm(x) head^T, of every row or of the last row of every text
 // Numbers are rounded where the modules of pykern.nn round them, and sums run in the same order:
-// the logits are those of the model's forward pass, bit for bit. Quantised weights go with float32.
+// on the CPU the logits are those of the model's forward pass, bit for bit. Quantised weights go
+// with float32. On CUDA the model and its logits are on the device and all else is on the host;
+// weights are numbers, caches are in the dtype of the step, and there is no distance_bias.
 #pragma once
 #include "core/tensor.h"
 #include "ops/activation.h"

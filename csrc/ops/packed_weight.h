@@ -6,6 +6,7 @@
 //   int4     panels [P, K, W / 2], the low four bits of byte i are row i of the panel, the high
 //   ones
 //            row W / 2 + i;              weight = q scale + low,  scales [P, ceil(K / group), 2, W]
+// On CUDA numbers are not packed: panels are [N, K].
 // scales are bfloat16: scale, then low. Rows from N on and what is behind K are zeros.
 #pragma once
 #include "core/tensor.h"

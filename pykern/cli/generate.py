@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from pykern.cli.parts import add_threads, flag, load_model, set_threads
+from pykern.cli.parts import add_threads, flag, load_model, require_device, set_threads
 from pykern.cli.tokens import token_lines, token_records
 
 DRAWING = {"temperature": 0.8, "top_k": None, "top_p": None, "min_p": 0.0, "repetition_penalty": 1.0, "seed": None}
@@ -37,6 +37,7 @@ def add_generate(commands: Any) -> None:
     parser.add_argument(
         "--dtype", default="float32", metavar="DTYPE", help="of the weights: float32 (default), bfloat16, int8 or int4"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default cpu)")
     parser.add_argument("--quiet", action="store_true", help="only the text: measure nothing, no line on stderr")
     add_threads(parser)
     parser.set_defaults(run=generate)
@@ -45,7 +46,8 @@ def add_generate(commands: Any) -> None:
 def speed(session: Any, prompt: int, new: int, first: float, rest: float) -> str:
     """What a run took: `first` seconds for the prompt and the first new token, `rest` for the others.
 
-    A new token reads every weight once; the bandwidth beside it is that of a plain read of as many bytes, right now.
+    A new token reads every weight once; the bandwidth beside it is that of a plain read of as many bytes, right now;
+    on a GPU there is none beside it.
     """
     from pykern.lm.roof import read_bandwidth
 
@@ -55,8 +57,11 @@ def speed(session: Any, prompt: int, new: int, first: float, rest: float) -> str
     line += f"; new: {new} tokens"
     if new > 1 and rest > 0:
         rate = (new - 1) / rest
-        read, most = rate * session.weight_bytes, read_bandwidth(session.weight_bytes)
-        line += f", {rate:,.0f} tok/s; weights read at {read / 1e9:.3g} GB/s, {read / most:.0%} of {most / 1e9:.3g}"
+        read = rate * session.weight_bytes
+        line += f", {rate:,.0f} tok/s; weights read at {read / 1e9:.3g} GB/s"
+        if session.device.type == "cpu":
+            most = read_bandwidth(session.weight_bytes)
+            line += f", {read / most:.0%} of {most / 1e9:.3g}"
     return line
 
 
@@ -127,7 +132,9 @@ def search(
 def generate(arguments: argparse.Namespace) -> int:
     check(arguments)
     set_threads(arguments.threads)
+    require_device(arguments.device)
     model, tokenizer = load_model(arguments.model)
+    model.to(arguments.device)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     ids = tokenizer.encode(prompt)
     if not ids:

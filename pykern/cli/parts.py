@@ -57,6 +57,14 @@ def load_model(folder: str) -> tuple[Any, Any]:
     return Transformer.from_checkpoint(loaded), loaded.tokenizer
 
 
+def require_device(device: str) -> None:
+    """ValueError unless torch sees the device."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no NVIDIA GPU here")
+
+
 def plot_path(name: str) -> Path:
     """The file of --plot; one that cannot be written is refused now, not after the work."""
     path = Path(name)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pykern.cli.parts import add_flag, add_threads, flag, given, set_threads
+from pykern.cli.parts import add_flag, add_threads, flag, given, require_device, set_threads
 
 SHAPE = {  # field of Config: (type or choices, default, help)
     "n_layer": (int, 4, "blocks"),
@@ -138,13 +138,10 @@ def started(arguments: argparse.Namespace, changes: dict[str, Any], ranks: Any) 
 
 
 def train(arguments: argparse.Namespace) -> int:
-    import torch
-
     from pykern.lm.ranks import Ranks
 
     set_threads(arguments.threads)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no NVIDIA GPU here")
+    require_device(arguments.device)
     ranks = Ranks.join(shard=arguments.shard, device=arguments.device)
     try:
         return run(arguments, ranks)

@@ -71,6 +71,7 @@ class Batcher:
         session = self.session
         if prompt.dim() != 1 or prompt.shape[0] < 1:
             raise ValueError(f"submit: prompt has shape {tuple(prompt.shape)} but must be [T] with T at least 1")
+        prompt = prompt.to("cpu")
         session.check_ids("submit: prompt", prompt)
         if max_new_tokens < 1:
             raise ValueError(f"submit: max_new_tokens is {max_new_tokens} but must be at least 1")
@@ -109,7 +110,7 @@ class Batcher:
             self.held[request.text] += row.tolist()
             if len(self.held[request.text]) < len(request.tokens):
                 continue  # of a long prompt
-            history = torch.tensor([request.tokens])
+            history = torch.tensor([request.tokens], device=own.device)
             token = int(request.sampler(own[None], history))
             request.tokens.append(token)
             progress.append(Progress(request.number, [token], request.finished))

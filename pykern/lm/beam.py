@@ -144,6 +144,7 @@ def beam_search(
             logits = read_prompt(session, prompt)[None]
         else:
             logits = session.extend([torch.tensor(beam.tokens[-1:]) for beam in live], slots)
+        logits = logits.cpu()
         if not logits.amax(-1).isfinite().all():
             raise ValueError("beam_search: logits have no finite maximum (NaN or infinity)")
         so_far = torch.tensor([[beam.log_probability] for beam in live], dtype=torch.float64)

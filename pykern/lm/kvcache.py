@@ -29,6 +29,7 @@ class KVCache:
     into a shared page gets a copy of it. Written keys count once advance() says so, which is the last thing a forward
     pass does: a pass that fails half-way leaves the cache as it was.
 
+    tables_on: the device of table and lengths, that of k and v when None.
     dtype torch.int8 stores a key as k_scale times its numbers (uint8 here, the bits of int8), which are those of
     k / k_scale to the nearest integer, k_scale = max |k| / 127; values likewise.
     """
@@ -45,6 +46,7 @@ class KVCache:
         *,
         page: int = PAGE,
         pages: int | None = None,
+        tables_on: torch.device | str | None = None,
     ) -> None:
         if min(n_layer, batch, n_kv_head, capacity, head_size, page) < 1:
             raise ValueError(
@@ -63,8 +65,9 @@ class KVCache:
         if dtype == torch.int8:
             self.k_scale = torch.zeros(n_layer, pages, n_kv_head, page, device=device)
             self.v_scale = torch.zeros_like(self.k_scale)
-        self.table = torch.zeros(batch, per_text, dtype=torch.int32, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        tables_on = device if tables_on is None else tables_on
+        self.table = torch.zeros(batch, per_text, dtype=torch.int32, device=tables_on)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=tables_on)
         self._pages: list[list[int]] = [[] for _ in range(batch)]  # of each text, in order
         self._users = [0] * pages
         self._free = list(range(pages - 1, -1, -1))

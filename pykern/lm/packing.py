@@ -78,8 +78,12 @@ PackedTuple = tuple[Tensor, Tensor | None, int, int, str, int]
 
 def pack(weight: Tensor, dtype: str) -> PackedTuple:
     """(panels, scales, N, K, kind, group) of weight [N, K]: what _C.LmModel takes. csrc/ops/packed_weight.h says how
-    they lie; dtype "float32", "bfloat16", "int8" or "int4"."""
+    they lie; dtype "float32", "bfloat16", "int8" or "int4", on CUDA one of the first two."""
     N, K = weight.shape
+    if weight.is_cuda or _C.panel_width() == 0:
+        if dtype in GROUPS:
+            raise ValueError(f"pack: {dtype} weights have no CUDA kernel yet")
+        return weight.to(getattr(torch, dtype), copy=True).contiguous(), None, N, K, "numbers", 0
     if dtype not in GROUPS:
         numbers = weight.to(getattr(torch, dtype))
         if dtype == "bfloat16" and _C.pairs_bf16():

@@ -102,16 +102,16 @@ class Sampler:
     def __call__(self, logits: Tensor, history: Tensor | None = None) -> Tensor:
         """ids [B] int64 for logits [B, V]; history [B, n] int64 is the text, which only repetition_penalty looks at.
 
-        ValueError for logits without a finite maximum.
+        All on the device of the logits. ValueError for logits without a finite maximum.
         """
-        B = logits.shape[0]
+        B, device = logits.shape[0], logits.device
         if len(self.seeds) != B:
             raise ValueError(f"sampling: logits have {B} rows but the sampler {len(self.seeds)} streams")
-        ids = torch.empty(B, dtype=torch.int64)
-        counts = None if history is None else torch.full((B,), history.shape[1], dtype=torch.int64)
+        ids = torch.empty(B, dtype=torch.int64, device=device)
+        counts = None if history is None else torch.full((B,), history.shape[1], dtype=torch.int64, device=device)
         _C.sample(
             logits if logits.stride(-1) == 1 else logits.contiguous(),
-            *(self.seeds, self.draws),
+            *(self.seeds.to(device), self.draws.to(device)),
             *(None if history is None else history.contiguous(), counts, ids),
             **self.options.arguments(),
         )

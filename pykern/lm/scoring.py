@@ -74,7 +74,7 @@ def read_prompt(session: Session, prompt: Sequence[int]) -> Tensor:
 
 
 def _scored_by_session(session: Session, prompt: list[int], candidates: list[list[int]], rows: int) -> list[float]:
-    first = read_prompt(session, prompt).double().log_softmax(-1)
+    first = read_prompt(session, prompt).double().cpu().log_softmax(-1)
     rows, scores = min(rows, session.batch), []
     for start in range(0, len(candidates), rows):
         group = candidates[start : start + rows]
@@ -85,7 +85,7 @@ def _scored_by_session(session: Session, prompt: list[int], candidates: list[lis
                 session.cache.fork(0, text)
             logits = session.extend([torch.tensor(group[i][:-1]) for i in longer], longer, every=True)
             wanted = torch.tensor([token for i in longer for token in group[i][1:]])
-            later = logits.double().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            later = logits.double().cpu().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             for text in longer:
                 session.cache.truncate(len(prompt), text)
         parts = later.split([len(candidate) - 1 for candidate in group if len(candidate) > 1])
@@ -190,7 +190,7 @@ def token_probabilities(session: Session, prompt: Sequence[int], new: Sequence[i
         if len(piece) > 1:
             rows = torch.cat([rows, session.extend([torch.tensor(piece[:-1])], [0], every=True)])
         ids = torch.tensor(piece)[:, None]
-        logits = rows.double()
+        logits = rows.double().cpu()
         own = logits.gather(1, ids)
         ahead = (logits > own).sum(1) + ((logits == own) & (torch.arange(logits.shape[1]) < ids)).sum(1)
         values = logits.log_softmax(-1).gather(1, ids)[:, 0]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pykern.lm.batching import Batcher, Progress
 from pykern.lm.kvcache import KVCache
+from pykern.lm.packing import GROUPS
 from pykern.lm.sampling import Sampling, seeds_of
 from pykern.lm.weights import compiled_model, step_dtype
 
@@ -28,7 +29,12 @@ class Session:
     (pykern.lm.packing says how) and compute in float32: logits are those, bit for bit, of a float32 model with the
     matrices that they stand for. Embeddings, biases and norms are not quantised. cache_dtype "int8" stores keys and
     values in a quarter of float32's bytes, with an error (KVCache says which). A session is a copy: training the
-    model does not change it. max_len tokens a text, block_size when None. CPU only.
+    model does not change it. max_len tokens a text, block_size when None.
+
+    On CUDA, where the model is: a generate() captures the step and the choice of its tokens as a graph, launches it
+    once for each of up to 256 tokens and waits once. ids come and go on any device, logits are on the model's. A text's
+    logits have the same bits alone and among others. dtype is "float32" or "bfloat16", and neither int8 caches nor
+    positions "t5" are there yet.
     """
 
     def __init__(
@@ -50,12 +56,23 @@ class Session:
             raise ValueError(f"session: max_len is {max_len} but must be from 1 to block_size {config.block_size}")
         if batch < 1:
             raise ValueError(f"session: batch is {batch} but must be at least 1")
-        if model.device.type != "cpu":
-            raise ValueError(f"session: the model is on {model.device}, but the compiled step runs on the CPU")
+        if model.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"session: the model is on {model.device}, but the compiled step runs on the CPU or CUDA")
+        if model.device.type == "cuda":
+            missing = {
+                f"dtype {dtype}": dtype in GROUPS,
+                "cache_dtype int8": cache_dtype is not None,
+                "a model with positions t5": config.positions == "t5",
+            }
+            for what, wanted in missing.items():
+                if wanted:
+                    raise ValueError(f"session: {what} has no CUDA kernel yet; move the model to the CPU")
         self.config, self.dtype, self.max_len, self.batch = config, dtype, max_len, batch
+        self.device = model.device
         self._logits_dtype = step_dtype(dtype)
         stored = self._logits_dtype if cache_dtype is None else torch.int8
-        self.cache = KVCache(config.n_layer, batch, config.kv_heads, max_len, config.head_size, stored)
+        sizes = (config.n_layer, batch, config.kv_heads, max_len, config.head_size)
+        self.cache = KVCache(*sizes, stored, self.device, tables_on="cpu")
         with torch.no_grad():
             self._model, self.weight_bytes = compiled_model(model, dtype, max_len, self.cache)
         self._batcher = Batcher(self)
@@ -82,6 +99,7 @@ class Session:
             raise ValueError(
                 f"session: ids have shape {tuple(ids.shape)} but must be [{self.batch}, T] with T at least 1"
             )
+        ids = ids.to("cpu")
         self.check_ids("session: ids", ids)
         return ids
 
@@ -94,7 +112,7 @@ class Session:
             self.cache.reserve(len(row), [text])
         counts = [0, *(len(row) for row in rows)]
         outputs = 0 if not wanted else sum(counts) if every else len(texts)
-        logits = torch.empty(outputs, self.config.vocab_size, dtype=self._logits_dtype)
+        logits = torch.empty(outputs, self.config.vocab_size, dtype=self._logits_dtype, device=self.device)
         self._model.step(
             torch.cat(rows),
             torch.tensor(counts).cumsum(0).to(torch.int32),
@@ -266,7 +284,7 @@ class Session:
             if callback is not None:
                 callback(token)
             new.append(token[:, None])
-        return torch.cat([ids, *new], 1)
+        return torch.cat([ids, *(column.to(ids.device) for column in new)], 1)
 
 
 def generate(

@@ -27,7 +27,7 @@ def position_tables(model: "Transformer", max_len: int, dtype: torch.dtype) -> d
     """What the step is told about positions 0 .. max_len - 1, in the numbers of the model's forward pass."""
     config = model.config
     body: Any = model.transformer
-    like = torch.empty(0, dtype=dtype)
+    like = torch.empty(0, dtype=dtype, device=model.device)
     if config.positions == "learned":
         return {"positions": body.wpe.weight[:max_len].to(dtype).contiguous().clone()}
     if config.positions == "sinusoidal":
@@ -37,9 +37,10 @@ def position_tables(model: "Transformer", max_len: int, dtype: torch.dtype) -> d
         cos, sin = positions.rotary(0, max_len, config.head_size, like, config.rope_theta)
         return {"rotary_cos": cos, "rotary_sin": sin}
     if config.positions == "alibi":
-        return {"alibi_slopes": alibi_slopes(config.n_head).to(torch.float32).contiguous()}
+        return {"alibi_slopes": alibi_slopes(config.n_head).to(model.device, torch.float32).contiguous()}
     if config.positions == "t5":  # of key s and query p at s - p + max_len - 1
-        buckets = relative_buckets(torch.arange(1 - max_len, max_len), T5_BUCKETS, T5_MAX_DISTANCE, False)
+        distances = torch.arange(1 - max_len, max_len, device=model.device)
+        buckets = relative_buckets(distances, T5_BUCKETS, T5_MAX_DISTANCE, False)
         return {"distance_bias": body.relative_bias.weight.to(dtype)[buckets].T.contiguous()}
     return {}
 

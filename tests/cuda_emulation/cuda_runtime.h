@@ -7,9 +7,12 @@
 #include <bit>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "emulator.h"
 
@@ -191,18 +194,98 @@ inline cudaError_t cudaMemPoolCreate(cudaMemPool_t* pool, const cudaMemPoolProps
 inline cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) {
   return cudaSuccess;
 }
+// What is launched while a stream is captured is kept, and done again by each launch of the graph.
+// Memory of a captured call lives as long as the graph; it is poisoned whenever it is handed out.
+struct EmulatedGraph {
+  std::vector<std::function<void()>> nodes;
+  std::vector<void*> memory;
+  ~EmulatedGraph() {
+    for (void* data : memory) free(data);
+  }
+};
+using cudaGraph_t = std::shared_ptr<EmulatedGraph>*;
+using cudaGraphExec_t = std::shared_ptr<EmulatedGraph>*;
+namespace emulation {
+inline std::shared_ptr<EmulatedGraph> captured;  // null: nothing is captured
+inline void enqueue(std::function<void()> node) {
+  if (captured)
+    captured->nodes.push_back(std::move(node));
+  else
+    node();
+}
+}  // namespace emulation
+
 inline cudaError_t cudaMallocFromPoolAsync(void** data, size_t bytes, cudaMemPool_t, cudaStream_t) {
-  *data = aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (!*data) return cudaErrorMemoryAllocation;
-  memset(*data, 0xff, bytes);
+  void* const memory = aligned_alloc(256, (bytes + 255) / 256 * 256);
+  if (!memory) return cudaErrorMemoryAllocation;
+  if (emulation::captured) emulation::captured->memory.push_back(memory);
+  emulation::enqueue([=] { memset(memory, 0xff, bytes); });
+  *data = memory;
   return cudaSuccess;
 }
 inline cudaError_t cudaFreeAsync(void* data, cudaStream_t) {
-  free(data);
+  if (!emulation::captured) free(data);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
-  memset(data, value, bytes);
+  emulation::enqueue([=] { memset(data, value, bytes); });
+  return cudaSuccess;
+}
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  if (emulation::captured) return cudaErrorInvalidValue;  // its host memory might be gone
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return emulation::captured ? cudaErrorInvalidValue : cudaSuccess;
+}
+using cudaEvent_t = void*;
+enum { cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal };
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = new char;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete static_cast<char*>(stream);
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new char;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete static_cast<char*>(event);
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (!stream || emulation::captured) return cudaErrorInvalidValue;
+  emulation::captured = std::make_shared<EmulatedGraph>();
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  *graph = new std::shared_ptr<EmulatedGraph>(std::move(emulation::captured));
+  emulation::captured = nullptr;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* ready, cudaGraph_t graph, uint64_t) {
+  *ready = new std::shared_ptr<EmulatedGraph>(*graph);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t ready) {
+  delete ready;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t ready, cudaStream_t) {
+  for (const auto& node : (*ready)->nodes) node();
   return cudaSuccess;
 }
 template <class... Parameters, class... Arguments>
@@ -210,6 +293,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   const std::tuple<Parameters...> copied(std::forward<Arguments>(arguments)...);
   const emulation::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes};
-  emulation::run(launch, [&] { std::apply(kernel, copied); });
+  emulation::enqueue([=] { emulation::run(launch, [&] { std::apply(kernel, copied); }); });
   return cudaSuccess;
 }

@@ -29,7 +29,7 @@ CudaStatus cuda_status() { return {.usable = true, .sentence = "emulated"}; }
 
 namespace runtime {
 const char* isa() { return "emulated"; }
-int panel_width() { return 16; }
+int panel_width() { return 0; }  // weights are rows, as on CUDA
 bool pairs_bf16() { return false; }
 std::vector<std::pair<std::string, bool>> isas() { return {{"emulated", true}}; }
 int threads() { return 1; }
