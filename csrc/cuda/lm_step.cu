@@ -2,7 +2,7 @@
 // knows of the texts is copied to the device first. lm_generate: a step and the choice of its
 // tokens, captured as a graph and launched once for each token; the host waits once, at the end.
 //
-// A layer is nine kernels of R rows: two norms, four products (five where the MLP is gated, and a
+// A layer is eight kernels of R rows: two norms, four products (five where the MLP is gated, and a
 // pass between), append, attention; and one more where q and k are normalised.
 #include <string.h>
 
