@@ -12,6 +12,17 @@ static int64_t forward_bytes(int64_t D, int64_t E) {
   return rows > columns ? rows : columns;
 }
 
+// Whoever attends for x probably does so for `next` afterwards.
+template <class T>
+static void expect(Group<T>& x, const Group<T>& next) {
+  const int64_t size = next.k_scale ? 1 : sizeof(T);
+  const auto first_row = [&](const T* base, int64_t row, int64_t page) {
+    return reinterpret_cast<const char*>(base) + offset_of_key(next, row, page, 0) * size;
+  };
+  x.then_k = first_row(next.k, next.k_row, next.k_page);
+  x.then_v = first_row(next.v, next.v_row, next.v_page);
+}
+
 // Rows r0 .. r1 - 1 of the group, at most kBlockRows; memory has forward_bytes.
 template <class T>
 static void forward_block(const Group<T>& x, int64_t r0, int64_t r1, const Results& results,

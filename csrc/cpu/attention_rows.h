@@ -5,6 +5,7 @@
 // prefill, chunk and decode agree, and so do parts that different threads have summed.
 #pragma once
 #include "cpu/attention_memory.h"
+#include "cpu/fetcher.h"
 
 PYKERN_BEGIN_ISA
 namespace {
@@ -73,16 +74,16 @@ template <class T>
 // kTileColumns: keys are turned in the registers. The sums are those of multiply_tile, bit for bit.
 template <class T, int n>
 static void multiply_keys(const T* keys, int64_t row, int64_t count, int64_t width,
-                          const Compute<T>* q, Compute<T>* s) {
+                          const Compute<T>* q, Fetcher ahead, Compute<T>* s) {
   using C = Compute<T>;
   using V = Vec<C>;
-  constexpr int NV = kTileVectors, part = kPart<C>, line = 64 / sizeof(T) / kUnit<T>;
+  constexpr int NV = kTileVectors, part = kPart<C>;
+  constexpr int lines = NV * V::lanes * part * kUnit<T> * sizeof(T) / 64;  // read in a step
   for (int64_t first = 0; first < count; first += NV * V::lanes) {
     const T* p = keys + first * row;
     V sum[n][NV] = {}, run[n][NV] = {};
     for (int64_t u = 0; u < width; u += part, p += part * kUnit<T>) {
-      if (u % line == 0)
-        for (int r = 0; r < NV * V::lanes; ++r) __builtin_prefetch(p + (kKeys + r) * row);
+      ahead.fetch(lines);
 #pragma GCC unroll 2
       for (int j = 0; j < NV; ++j) {
         V column[part];
@@ -105,22 +106,41 @@ static void multiply_keys(const T* keys, int64_t row, int64_t count, int64_t wid
   }
 }
 
-// Values as the right operand of a tile, widened on the way.
+// Values as the right operand of a tile: widened on the way or, where the operand is a pair,
+// paired.
 template <class T>
 struct ValueRows {
   using V = Vec<Compute<T>>;
-  const T* data;
-  int64_t row, ahead;  // to the next row, to what is fetched meanwhile
+  const T *data, *end;  // end: of the values that there are
+  int64_t row;
+  Fetcher& ahead;
 
   template <int NV>
   [[gnu::always_inline]] void load_next(V (&to)[NV]) {
-    constexpr int bytes = NV * V::lanes * sizeof(T);
+    ahead.fetch(NV * V::lanes * kUnit<T> * sizeof(T) / 64);
+    if constexpr (kPaired<T>) {
+      const T* next = data + row;
+      const bool paired = next < end;
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j += 2) {
+        using Halves [[gnu::vector_size(kVectorBytes)]] = int16_t;
+        constexpr auto lanes = std::make_integer_sequence<int, 2 * V::lanes>();
+        const Halves even = load_bits<Halves>(data + j * V::lanes);
+        const Halves odd = paired ? load_bits<Halves>(next + j * V::lanes) : Halves{};
+        to[j].r = (typename V::Reg)zip_low(even, odd, lanes);
+        to[j + 1].r = (typename V::Reg)zip_high(even, odd, lanes);
+      }
+    } else {
 #pragma GCC unroll 8
-    for (int i = 0; i < bytes; i += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(data + ahead) + i);
-#pragma GCC unroll 8
-    for (int j = 0; j < NV; ++j) to[j] = load(data + j * V::lanes);
-    data += row;
+      for (int j = 0; j < NV; ++j) to[j] = load(data + j * V::lanes);
+    }
+    data += kUnit<T> * row;
+  }
+  template <class R>
+  [[gnu::always_inline]] static R load_bits(const T* p) {
+    R r;
+    memcpy(&r, p, sizeof r);
+    return r;
   }
 };
 
@@ -142,12 +162,22 @@ template <class T, int n, int NV, class Source>
     }
 }
 
-// A tile of keys and values where they lie.
+// A tile of keys and values where they lie, and one that lies ahead.
 template <class T>
 struct TileOf {
   int64_t first, keys;
   TileRows<T> k, v;
+  Fetcher next_k, next_v;
 };
+
+// Vectors of values that n rows take at a time, as many as the registers hold with a number of each
+// row.
+constexpr int value_vectors(int n) {
+  constexpr int registers = kVectorBytes == 64 ? 32 : 16;
+  int most = 4 * kTileVectors;
+  while (n > 1 && most > kTileVectors && (n + 1) * most + 1 > registers) most /= 2;
+  return most;
+}
 
 // The tile added to n rows of the group from r0 on.
 template <class T, int n>
@@ -159,7 +189,8 @@ static void add_tile(const Group<T>& x, int64_t r0, const TileOf<T>& tile, uint6
   constexpr int p_row = kKeys / kUnit<T>;  // units of a row of weights
   const int64_t keys = tile.keys, count = units<T>(keys), E_padded = memory.E_padded;
   const int64_t turned = x.D % (kPart<C> * kUnit<T>) == 0 ? keys / W * W : 0;
-  multiply_keys<T, n>(tile.k.data, tile.k.row, turned, units<T>(x.D), memory.q, memory.s);
+  multiply_keys<T, n>(tile.k.data, tile.k.row, turned, units<T>(x.D), memory.q, tile.next_k,
+                      memory.s);
   for (int64_t c = turned; c < keys; c += W) {
     const int64_t left = keys - c;
     pack<T>(memory.keys, W, {tile.k.data + c * tile.k.row, tile.k.row, 1},
@@ -180,15 +211,16 @@ static void add_tile(const Group<T>& x, int64_t r0, const TileOf<T>& tile, uint6
     all &= words[i];
   }
   const bool whole = all == low_bits(keys);
-  if (!kPaired<T> && whole && x.E % W == 0) {
-    constexpr int NV = n == 1 ? 4 * kTileVectors : n == 2 ? 2 * kTileVectors : kTileVectors;
+  if (whole && x.E % W == 0) {
+    constexpr int NV = value_vectors(n);
     int64_t e = 0;
-    const auto add = [&](auto vectors) {  // fetches the next columns, or the next tile
-      constexpr int columns = vectors.value * V::lanes;
-      const int64_t ahead = e + columns < x.E ? columns : kKeys * tile.v.row - e;
-      add_values<T, n, vectors.value>(count, memory, rescale,
-                                      ValueRows<T>{tile.v.data + e, tile.v.row, ahead}, e);
-      e += columns;
+    Fetcher next = tile.next_v;
+    const auto add = [&](auto vectors) {
+      const T* values = tile.v.data + e;
+      add_values<T, n, vectors.value>(
+          count, memory, rescale,
+          ValueRows<T>{values, values + keys * tile.v.row, tile.v.row, next}, e);
+      e += vectors.value * V::lanes;
     };
     while (e + NV * V::lanes <= x.E) add(Rows<NV>{});
     if (NV > 2 * kTileVectors && e + 2 * W <= x.E) add(Rows<2 * kTileVectors>{});
@@ -247,6 +279,28 @@ static KeyRange keys_of_rows(const Group<T>& x, int64_t r0, int n) {
   return range;
 }
 
+// Bytes between the row at hand and the one that is fetched: memory answers meanwhile, and what has
+// come stays in the smallest second-level cache.
+constexpr int64_t kBytesAhead = 32 << 10;
+template <class T>
+static int64_t keys_ahead(int64_t D) {
+  return round_up(kBytesAhead / (D * static_cast<int64_t>(sizeof(T)) + 1) + 1, kKeys);
+}
+
+// Fetches a tile from key `first` on: behind the last one, `end`, from the rows `then` on.
+template <class T>
+static Fetcher fetch_tile(const Group<T>& x, const T* base, int64_t row, int64_t page_stride,
+                          int64_t first, int64_t end, const char* then, int64_t width) {
+  const int64_t size = x.k_scale ? 1 : sizeof(T);  // of a number in the cache
+  if (first >= end && then) {
+    then += (first - round_up(end, kKeys)) * row * size;
+  } else {
+    const int64_t key = first < end ? first : end - 1;
+    then = reinterpret_cast<const char*>(base) + offset_of_key(x, row, page_stride, key) * size;
+  }
+  return {then, row * size, width * size};
+}
+
 // m, l and out of n rows, from the keys in range that are of part `part`.
 template <class T>
 [[gnu::noinline]] static void sum_part(const Group<T>& x, int64_t r0, int n, int64_t part,
@@ -265,9 +319,13 @@ template <class T>
       any |= words[i];
     }
     if (any == 0) continue;
-    const TileRows<T> k = tile_keys(x, first, keys, memory.page_k);
-    const TileRows<T> v = tile_values(x, first, keys, memory.page_v);
-    const TileOf<T> tile{first, keys, k, v};
+    const int64_t ahead = first + keys_ahead<T>(x.D);
+    const TileOf<T> tile{first,
+                         keys,
+                         tile_keys(x, first, keys, memory.page_k),
+                         tile_values(x, first, keys, memory.page_v),
+                         fetch_tile(x, x.k, x.k_row, x.k_page, ahead, range.end, x.then_k, x.D),
+                         fetch_tile(x, x.v, x.v_row, x.v_page, ahead, range.end, x.then_v, x.E)};
     with_rows<kFewRows<T>>(n,
                            [&](auto rows) { add_tile<T, rows.value>(x, r0, tile, words, memory); });
   }

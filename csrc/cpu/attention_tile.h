@@ -49,7 +49,8 @@ struct Group {
   C scale;              // in base 2; with a cap, that of tanh's argument
   C cap;                // in base 2; 0: none
   Dropout dropout;
-  int64_t sequence, head0;  // of the whole call, for dropout
+  int64_t sequence, head0;      // of the whole call, for dropout
+  const char *then_k, *then_v;  // what the same thread probably reads next; null: nobody knows
 
   int64_t rows() const { return heads * T_; }
   int64_t diagonal(int64_t t) const { return S - T_ + t; }
@@ -247,6 +248,14 @@ static inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// Where the row of a key begins in a cache of keys or of values, in its numbers.
+template <class T>
+static int64_t offset_of_key(const Group<T>& x, int64_t row, int64_t page_stride, int64_t key) {
+  if (!x.pages) return key * row;
+  const int64_t slot = x.first_slot + key;
+  return x.pages[slot / x.page * x.pages_step] * page_stride + slot % x.page * row;
+}
+
 // Rows of a tile of keys or values: in place, or copied together from their pages.
 template <class T>
 struct TileRows {
@@ -275,13 +284,10 @@ static TileRows<T> tile_rows(const Group<T>& x, const T* base, const float* scal
   if (scales)
     return widened_rows(x, reinterpret_cast<const int8_t*>(base), row, page_stride, scales, first,
                         count, width, reinterpret_cast<T*>(memory));
-  const int64_t slot0 = x.first_slot + first;
-  const auto place = [&](int64_t slot) {
-    return base + x.pages[slot / x.page * x.pages_step] * page_stride + slot % x.page * row;
-  };
-  if (slot0 % x.page + count <= x.page) return {place(slot0), row};
+  const auto place = [&](int64_t key) { return base + offset_of_key(x, row, page_stride, key); };
+  if ((x.first_slot + first) % x.page + count <= x.page) return {place(first), row};
   T* copy = reinterpret_cast<T*>(memory);
-  for (int64_t i = 0; i < count; ++i) memcpy(copy + i * width, place(slot0 + i), width * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) memcpy(copy + i * width, place(first + i), width * sizeof(T));
   return {copy, width};
 }
 template <class T>

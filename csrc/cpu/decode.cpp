@@ -147,8 +147,10 @@ static Status forward(const DecodeForward& op, int threads) {
     const int64_t b = task / blocks / G, g = task / blocks % G;
     const int64_t first = task % blocks * kBlockRows;
     const int64_t last = first + kBlockRows < rows ? first + kBlockRows : rows;
-    forward_block<T>(group(b, g, first, last, thread), first, last,
-                     {op.out, op.lse, b, g * heads, 0}, scratch.at<char>(thread));
+    Group<T> x = group(b, g, first, last, thread);
+    if (const int64_t next = task / blocks + threads; next < B * G)
+      expect(x, group_of_cache<T>(op, next / G, next % G, 0));
+    forward_block<T>(x, first, last, {op.out, op.lse, b, g * heads, 0}, scratch.at<char>(thread));
   });
   return Status::ok;
 }

@@ -220,19 +220,22 @@ static void attend(Team& team, const LmStep& op, const LmLayer& layer, const Wor
   const auto results = [&](const Text& text, int64_t g) {
     return Results{out, no_lse, 0, g * heads, text.first};
   };
-  const auto block = [&](const Text& text, int64_t g, int64_t first) {
-    const int64_t rows = heads * text.rows;
+  const auto group = [&](int64_t i) {
+    return group_of_text<T>(m, layer, text_of(op, i / G), i % G, qkv, work.Q);
+  };
+  const auto block = [&](int64_t i, int64_t first) {
+    Group<T> x = group(i);
+    const int64_t rows = x.rows(), next = i + team.size();
     if (first >= rows) return;
-    const Group<T> x = group_of_text<T>(m, layer, text, g, qkv, work.Q);
+    if (next < S * G) expect(x, group(next));
     forward_block<T>(x, first, first + kBlockRows < rows ? first + kBlockRows : rows,
-                     results(text, g), memory);
+                     results(text_of(op, i / G), i % G), memory);
   };
   const int64_t parts = work.parts > 0 ? parts_of(most.keys) : 0;
   if (blocks == 1 && parts <= 1) {  // whoever appends the keys of a head attends to them
     team.loop(S * G, [&](int64_t i) {
-      const Text text = text_of(op, i / G);
-      append_head<T>(m, layer, text, i % G, qkv, work.Q);
-      block(text, i % G, 0);
+      append_head<T>(m, layer, text_of(op, i / G), i % G, qkv, work.Q);
+      block(i, 0);
     });
     return;
   }
@@ -243,20 +246,16 @@ static void attend(Team& team, const LmStep& op, const LmLayer& layer, const Wor
       return work.partial.template at<Compute<T>>() + (task * work.parts + part) * part_size<T>(D);
     };
     team.loop(S * G * parts, [&](int64_t i) {
-      const int64_t task = i / parts, part = i % parts, g = task % G;
-      const Group<T> x = group_of_text<T>(m, layer, text_of(op, task / G), g, qkv, work.Q);
+      const int64_t task = i / parts, part = i % parts;
+      const Group<T> x = group(task);
       if (part < parts_of(x.S)) sum_one_part(x, part, at(task, part), memory);
     });
     team.loop(S * G, [&](int64_t task) {
-      const Text text = text_of(op, task / G);
-      const Group<T> x = group_of_text<T>(m, layer, text, task % G, qkv, work.Q);
-      join_parts(x, at(task, 0), results(text, task % G), memory);
+      join_parts(group(task), at(task, 0), results(text_of(op, task / G), task % G), memory);
     });
     return;
   }
-  team.loop(S * G * blocks, [&](int64_t i) {
-    block(text_of(op, i / blocks / G), i / blocks % G, i % blocks * kBlockRows);
-  });
+  team.loop(S * G * blocks, [&](int64_t i) { block(i / blocks, i % blocks * kBlockRows); });
 }
 
 // to [R, N] = x w^T + bias, plus what is there where `adds`

@@ -10,8 +10,9 @@
 PYKERN_BEGIN_ISA
 namespace {
 
-// P panels side by side as the right operand of a tile. A source begins at a chunk: enter(u) makes
-// it ready for unit u, of which run(u) more follow in one go.
+// P panels side by side as the right operand of a tile. Their products with a row are summed in
+// runs of units: run(u) is the length of the one that begins at u. fold() adds what one row has in
+// vector j to what it had before, and next() goes on to the next run.
 //
 // Units as they are stored: operands or, in bfloat16 where it is no operand, numbers to widen.
 template <class T, class Stored, int P>
@@ -24,8 +25,10 @@ struct PlainPanels {
     for (int p = 0; p < P; ++p)
       data[p] = static_cast<const Stored*>(w.panels.data) + (panel + p) * units<T>(w.K) * W;
   }
-  int64_t run(int64_t left) const { return left; }
-  void enter(int64_t) {}
+  explicit PlainPanels(const Stored* panel) : data{panel} {}
+  int64_t run(int64_t left) const { return left < kChunk<T> ? left : kChunk<T>; }
+  void next() {}
+  V fold(int, V before, V sum, Compute<T>) const { return before + sum; }
   [[gnu::always_inline]] void load_next(V (&row)[NV]) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
@@ -37,79 +40,70 @@ struct PlainPanels {
   }
 };
 
-template <int P>
-struct Int8Panels {
-  static constexpr int W = kTileColumns<float>, L = VecF::lanes, NV = P * kTileVectors;
-  const int8_t* data[P];
+// Of quantised panels a run is a group: q, or of int4 q - 8, alone is multiplied, and the sum of a
+// group is then worth scale sum or, with x the sum of the row's own numbers there,
+// scale sum + (low + 8 scale) x.
+template <WeightKind kind, int P>
+struct Scales {
+  static constexpr int W = kTileColumns<float>, L = VecF::lanes;
+  static constexpr int step = kind == WeightKind::int4 ? 2 * W : W;
   const bf16* scales[P];
   int64_t group;
-  VecF scale[NV];
 
-  Int8Panels(const PackedWeight& w, int64_t panel) : group(w.group) {
-    for (int p = 0; p < P; ++p) {
-      data[p] = static_cast<const int8_t*>(w.panels.data) + (panel + p) * w.K * W;
-      scales[p] =
-          static_cast<const bf16*>(w.scales.data) + (panel + p) * ((w.K + group - 1) / group) * W;
-    }
+  Scales(const PackedWeight& w, int64_t panel) : group(w.group) {
+    for (int p = 0; p < P; ++p)
+      scales[p] = static_cast<const bf16*>(w.scales.data) +
+                  (panel + p) * ((w.K + group - 1) / group) * step;
   }
   int64_t run(int64_t left) const { return left < group ? left : group; }
-  [[gnu::always_inline]] void enter(int64_t unit) {
-#pragma GCC unroll 4
+  void next() {
+    for (int p = 0; p < P; ++p) scales[p] += step;
+  }
+  [[gnu::always_inline]] VecF fold(int j, VecF before, VecF sum, float x) const {
+    const bf16* at = scales[j / kTileVectors] + j % kTileVectors * L;
+    const VecF scale = load(at);
+    if constexpr (kind == WeightKind::int4)
+      before = fma(fma(VecF::splat(8), scale, load(at + W)), VecF::splat(x), before);
+    return fma(scale, sum, before);
+  }
+};
+
+template <WeightKind kind, int P>
+struct QuantisedPanels : Scales<kind, P> {
+  static_assert(kTileVectors == 2, "a byte of int4 holds one number of either vector");
+  static constexpr int W = kTileColumns<float>, L = VecF::lanes, NV = P * kTileVectors;
+  static constexpr int bytes = kind == WeightKind::int4 ? L : W;  // of a unit of a panel
+  static constexpr int64_t kAhead = 2048;  // bytes: what is fetched meanwhile
+  const uint8_t* data[P];
+
+  QuantisedPanels(const PackedWeight& w, int64_t panel) : Scales<kind, P>(w, panel) {
     for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j)
-        scale[p * kTileVectors + j] = load(scales[p] + unit / group * W + j * L);
+      data[p] = static_cast<const uint8_t*>(w.panels.data) + (panel + p) * w.K * bytes;
   }
   [[gnu::always_inline]] void load_next(VecF (&row)[NV]) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j)
-        row[p * kTileVectors + j] = load(data[p] + j * L) * scale[p * kTileVectors + j];
-      data[p] += W;
+      VecF* const to = row + p * kTileVectors;
+      __builtin_prefetch(data[p] + kAhead, 0, 2);
+      if constexpr (kind == WeightKind::int4) {
+        load_nibbles(data[p], to[0], to[1]);
+      } else {
+        const int8_t* q = reinterpret_cast<const int8_t*>(data[p]);
+        to[0] = load(q), to[1] = load(q + L);
+      }
+      data[p] += bytes;
     }
   }
 };
 
-template <int P>
-struct Int4Panels {
-  static_assert(kTileVectors == 2, "a byte holds one number of either vector");
-  static constexpr int W = kTileColumns<float>, L = VecF::lanes, NV = P * kTileVectors;
-  const uint8_t* data[P];
-  const bf16* scales[P];
-  int64_t group;
-  VecF scale[NV], low[NV];
+// One quantised panel whose q have been widened to float.
+template <WeightKind kind>
+struct WidenedPanel : Scales<kind, 1> {
+  UnitRows<float> numbers;
 
-  Int4Panels(const PackedWeight& w, int64_t panel) : group(w.group) {
-    for (int p = 0; p < P; ++p) {
-      data[p] = static_cast<const uint8_t*>(w.panels.data) + (panel + p) * w.K * L;
-      scales[p] = static_cast<const bf16*>(w.scales.data) +
-                  (panel + p) * ((w.K + group - 1) / group) * 2 * W;
-    }
-  }
-  int64_t run(int64_t left) const { return left < group ? left : group; }
-  [[gnu::always_inline]] void enter(int64_t unit) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p)
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j) {
-        const bf16* at = scales[p] + unit / group * 2 * W + j * L;
-        scale[p * kTileVectors + j] = load(at), low[p * kTileVectors + j] = load(at + W);
-      }
-  }
-  [[gnu::always_inline]] void load_next(VecF (&row)[NV]) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      VecF q[2];
-      load_nibbles(data[p], q[0], q[1]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kTileVectors; ++j) {
-        const int at = p * kTileVectors + j;
-        row[at] = fma(q[j], scale[at], low[at]);  // the product is exact: 4 bits by 8
-      }
-      data[p] += L;
-    }
-  }
+  WidenedPanel(const PackedWeight& w, int64_t panel, const float* numbers)
+      : Scales<kind, 1>(w, panel), numbers{numbers, kTileColumns<float>} {}
+  [[gnu::always_inline]] void load_next(VecF (&row)[kTileVectors]) { numbers.load_next(row); }
 };
 
 // Whether a step in T widens the panels of a weight of this kind: many rows then share one that is
@@ -126,11 +120,11 @@ struct PanelsOf {
 };
 template <int P>
 struct PanelsOf<float, WeightKind::int8, P> {
-  using type = Int8Panels<P>;
+  using type = QuantisedPanels<WeightKind::int8, P>;
 };
 template <int P>
 struct PanelsOf<float, WeightKind::int4, P> {
-  using type = Int4Panels<P>;
+  using type = QuantisedPanels<WeightKind::int4, P>;
 };
 #if !defined(__AVX512BF16__)
 template <int P>
@@ -150,90 +144,97 @@ constexpr int kPanels = fits(R, 4)   ? 4
                                      : 1;
 
 // out [R][P W] = the R rows of a, packed with their units side by side, times P panels from b on.
+// sums [R] of each run, one after the other, are those of the numbers of a; null: b needs none.
 template <class T, int R, int P, class Source>
-[[gnu::noinline]] static void multiply_panels(int64_t count, const Compute<T>* a, Source b,
-                                              Compute<T>* out) {
+[[gnu::noinline]] static void multiply_panels(int64_t count, const Compute<T>* a,
+                                              const Compute<T>* sums, Source b, Compute<T>* out) {
   using V = Vec<Compute<T>>;
   constexpr int NV = P * kTileVectors;
-  for (int64_t u = 0; u == 0 || u < count; u += kChunk<T>) {
-    const int64_t end = count - u < kChunk<T> ? count : u + kChunk<T>;
+  for (int64_t u = 0, n = 0; u == 0 || u < count; u += n) {
+    n = b.run(count - u);
     V sum[R][NV] = {};
-    for (int64_t at = u; at < end;) {
-      const int64_t n = b.run(end - at);
-      b.enter(at);
-      multiply_tile<T, R, NV>(n, a + at * R, 1, R, b, sum);
-      at += n;
-    }
+    multiply_tile<T, R, NV>(n, a + u * R, 1, R, b, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < NV; ++j) {
         Compute<T>* to = out + (i * NV + j) * V::lanes;
-        store(to, u == 0 ? sum[i][j] : load(to) + sum[i][j]);
+        const V before = u == 0 ? V::splat(-0.0f) : load(to);
+        store(to, b.fold(j, before, sum[i][j], sums ? sums[i] : 0));
       }
+    b.next();
+    if (sums) sums += R;
   }
 }
 
-// Hands to the sink what R rows, from `row` on, are times panels first..last-1.
+// Hands to the sink what R rows are times panels first..last-1.
 template <class T, WeightKind kind, int R>
-static void multiply_rows(const PackedWeight& w, const Compute<T>* a, int64_t row, int64_t first,
-                          int64_t last, Compute<T>* tile, const TileSink& sink) {
+static void multiply_rows(const PackedWeight& w, const Compute<T>* a, const Compute<T>* sums,
+                          int64_t first, int64_t last, Compute<T>* tile, const TileSink& sink) {
   constexpr int W = kTileColumns<T>, P = kPanels<R>;
   const int64_t count = units<T>(w.K);
   const auto take = [&](int64_t panel, int64_t panels) {
     const int64_t left = w.N - panel * W, columns = panels * W;
-    sink.take(sink.context, row, R, panel * W, left < columns ? left : columns, tile, columns);
+    sink.take(sink.context, 0, R, panel * W, left < columns ? left : columns, tile, columns);
   };
   int64_t panel = first;
   if constexpr (P > 1)
     for (; panel + P <= last; panel += P) {
       using Panels = typename PanelsOf<T, kind, P>::type;
-      multiply_panels<T, R, P>(count, a, Panels(w, panel), tile);
+      multiply_panels<T, R, P>(count, a, sums, Panels(w, panel), tile);
       take(panel, P);
     }
   for (; panel < last; ++panel) {
     using Panels = typename PanelsOf<T, kind, 1>::type;
-    multiply_panels<T, R, 1>(count, a, Panels(w, panel), tile);
+    multiply_panels<T, R, 1>(count, a, sums, Panels(w, panel), tile);
     take(panel, 1);
   }
 }
 
+// sums [groups][rows]: of the numbers of each row in each group along k
+static void sum_groups(const float* x, int64_t x_row, int rows, int64_t K, int64_t group,
+                       float* sums) {
+  for (int64_t first = 0; first < K; first += group, sums += rows)
+    for (int i = 0; i < rows; ++i) {
+      VecF total = VecF::zero();
+      each_vector<float>(K - first < group ? K - first : group, [&](int64_t j, int n) {
+        total = total + load_n(x + i * x_row + first + j, n);
+      });
+      sums[i] = total.sum();
+    }
+}
+
+constexpr int64_t kSmallestGroup = 16;
+
 // Memory of products with up to `rows` rows and K units along k: the packed rows of all threads,
-// where they are more than a strip, else of each thread, and its tile.
+// where they are more than a strip, else of each thread, and its tile. Behind a strip are the sums
+// of its groups.
 template <class T>
 struct ProductMemory {
   using C = Compute<T>;
   static constexpr int64_t kTile = kTileRows * 4 * kTileColumns<T>;
+  const int64_t packed, strip;  // numbers of a packed strip, without and with its sums
   Scratch strips, own, widened;
-  int64_t strip;  // numbers of one packed strip
 
   ProductMemory(int64_t rows, int64_t K, bool widens, int threads)
-      : strips(rows > kTileRows ? (rows + kTileRows - 1) / kTileRows * strip_of(K) * sizeof(C) : 0),
-        own((strip_of(K) + kTile) * sizeof(C), threads),
-        widened(widens && rows > kTileRows ? K * kTileColumns<T> * sizeof(C) : 0, threads),
-        strip(strip_of(K)) {}
+      : packed(units<T>(K) * kTileRows + Vec<C>::lanes),
+        strip(packed + (K / kSmallestGroup + 1) * kTileRows),
+        strips(rows > kTileRows ? (rows + kTileRows - 1) / kTileRows * strip * sizeof(C) : 0),
+        own((strip + kTile) * sizeof(C), threads),
+        widened(widens && rows > kTileRows ? K * kTileColumns<T> * sizeof(C) : 0, threads) {}
   bool ok() const { return strips.ok() && own.ok() && widened.ok(); }
   C* tile(int thread) const { return own.template at<C>(thread) + strip; }
-
- private:
-  static int64_t strip_of(int64_t K) { return units<T>(K) * kTileRows + Vec<C>::lanes; }
 };
 
-// A panel of a quantised weight as numbers
+// A panel as numbers: of a quantised one q.
 template <class T, WeightKind kind>
 static void widen_panel(const PackedWeight& w, int64_t panel, Compute<T>* out) {
   using V = Vec<Compute<T>>;
   typename PanelsOf<T, kind, 1>::type b(w, panel);
-  for (int64_t u = 0; u < w.K;) {
-    const int64_t n = b.run(w.K - u);
-    b.enter(u);
-    for (int64_t i = 0; i < n; ++i) {
-      V row[kTileVectors];
-      b.load_next(row);
-      for (int j = 0; j < kTileVectors; ++j)
-        store(out + (u + i) * 2 * V::lanes + j * V::lanes, row[j]);
-    }
-    u += n;
+  for (int64_t u = 0; u < w.K; ++u) {
+    V row[kTileVectors];
+    b.load_next(row);
+    for (int j = 0; j < kTileVectors; ++j) store(out + (u * kTileVectors + j) * V::lanes, row[j]);
   }
 }
 
@@ -242,8 +243,13 @@ static void product_of(Team& team, const PackedWeight& w, const T* x, int64_t x_
                        const ProductMemory<T>& memory, const TileSink& sink) {
   using C = Compute<T>;
   constexpr int R = kTileRows, W = kTileColumns<T>;
+  constexpr bool wants_sums = kind == WeightKind::int4;
   const int64_t panels = (w.N + W - 1) / W, tasks = 8 * team.size();
   C* const tile = memory.tile(team.thread());
+  const auto sum_rows = [&](const T* from, int n, C* strip) {
+    if constexpr (wants_sums) sum_groups(from, x_row, n, w.K, w.group, strip + memory.packed);
+  };
+  const auto sums_of = [&](const C* strip) { return wants_sums ? strip + memory.packed : nullptr; };
   if (rows <= R) {  // each thread packs the rows for itself: cheaper than to wait for another
     C* const own = memory.own.template at<C>(team.thread());
     const C* a = own;
@@ -251,11 +257,12 @@ static void product_of(Team& team, const PackedWeight& w, const T* x, int64_t x_
       a = reinterpret_cast<const C*>(x);  // a single row is packed as it is
     else
       pack<T>(own, static_cast<int>(rows), {x, x_row, 1}, static_cast<int>(rows), rows, w.K);
+    sum_rows(x, static_cast<int>(rows), own);
     const int64_t step = (panels + 4 * tasks - 1) / (4 * tasks) * 4;
     team.loop((panels + step - 1) / step, [&](int64_t i) {
       const int64_t last = (i + 1) * step < panels ? (i + 1) * step : panels;
       with_rows(static_cast<int>(rows), [&](auto n) {
-        multiply_rows<T, kind, n.value>(w, a, 0, i * step, last, tile, sink);
+        multiply_rows<T, kind, n.value>(w, a, sums_of(own), i * step, last, tile, sink);
       });
     });
     return;
@@ -265,21 +272,24 @@ static void product_of(Team& team, const PackedWeight& w, const T* x, int64_t x_
   team.loop(strips, [&](int64_t s) {
     const int64_t left = rows - s * R;
     const int height = left < R ? static_cast<int>(left) : R;
-    pack<T>(packed + s * memory.strip, height, {x + s * R * x_row, x_row, 1}, height, left, w.K);
+    const T* from = x + s * R * x_row;
+    pack<T>(packed + s * memory.strip, height, {from, x_row, 1}, height, left, w.K);
+    sum_rows(from, height, packed + s * memory.strip);
   });
   team.loop(panels, [&](int64_t panel) {
-    PackedWeight numbers = w;
-    int64_t at = panel;  // of numbers
-    if constexpr (kWidened<T, kind>) {
-      C* wide = memory.widened.template at<C>(team.thread());
-      widen_panel<T, kind>(w, panel, wide);
-      numbers.panels.data = wide, at = 0;
-    }
+    C* const wide = memory.widened.template at<C>(team.thread());
+    if constexpr (kWidened<T, kind>) widen_panel<T, kind>(w, panel, wide);
+    const auto source = [&] {
+      if constexpr (kind != WeightKind::numbers)
+        return WidenedPanel<kind>(w, panel, wide);
+      else
+        return kWidened<T, kind> ? PlainPanels<T, C, 1>(wide) : PlainPanels<T, C, 1>(w, panel);
+    };
     for (int64_t s = 0; s < strips; ++s) {
       const int height = rows - s * R < R ? static_cast<int>(rows - s * R) : R;
+      const C* a = packed + s * memory.strip;
       with_rows(height, [&](auto n) {
-        multiply_panels<T, n.value, 1>(units<T>(w.K), packed + s * memory.strip,
-                                       PlainPanels<T, C, 1>(numbers, at), tile);
+        multiply_panels<T, n.value, 1>(units<T>(w.K), a, sums_of(a), source(), tile);
       });
       const int64_t left = w.N - panel * W;
       sink.take(sink.context, s * R, height, panel * W, left < W ? left : W, tile, W);

@@ -37,9 +37,14 @@ static inline Vec<C> load(const C* p) {
   return v;
 }
 static inline VecF load(const bf16* p) {
+#if defined(__AVX512F__)  // GCC 12 widens the halves of such a register one by one
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {(VecF::Reg)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)};
+#else
   Registers<float>::Half half;
   memcpy(&half, p, sizeof half);
   return {(VecF::Reg)(__builtin_convertvector(half, Registers<float>::Bits) << 16)};
+#endif
 }
 static inline VecF load(const f16* p) {
 #if defined(__AVX512F__)
@@ -66,18 +71,24 @@ static inline VecF load(const int8_t* p) {
   return v;
 #endif
 }
-// the low and the high four bits of as many bytes as there are lanes, 0..15
+// The low and the high four bits of as many bytes as there are lanes, as signed numbers -8..7.
 static inline void load_nibbles(const uint8_t* p, VecF& low, VecF& high) {
 #if defined(__AVX512F__)
-  const __m512i all = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  low.r = (VecF::Reg)_mm512_cvtepi32_ps(_mm512_and_si512(all, _mm512_set1_epi32(15)));
-  high.r = (VecF::Reg)_mm512_cvtepi32_ps(_mm512_srli_epi32(all, 4));
+  const __m512i all = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  // Added to the last bits of 2^23, low + 8 is a float, without a conversion: (all & 15) ^ magic.
+  const __m512i magic = _mm512_set1_epi32(0x4b000008);
+  const __m512i moved = _mm512_ternarylogic_epi32(all, _mm512_set1_epi32(15), magic, 0x6a);
+  low.r = (VecF::Reg)moved - 8388616.0f;
+  high.r = (VecF::Reg)_mm512_cvtepi32_ps(_mm512_srai_epi32(all, 4));
 #elif defined(__AVX2__)
-  const __m256i all = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  low.r = (VecF::Reg)_mm256_cvtepi32_ps(_mm256_and_si256(all, _mm256_set1_epi32(15)));
-  high.r = (VecF::Reg)_mm256_cvtepi32_ps(_mm256_srli_epi32(all, 4));
+  const __m256i all = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  low.r = (VecF::Reg)_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(all, 28), 28));
+  high.r = (VecF::Reg)_mm256_cvtepi32_ps(_mm256_srai_epi32(all, 4));
 #else
-  for (int i = 0; i < VecF::lanes; ++i) low.r[i] = p[i] & 15, high.r[i] = p[i] >> 4;
+  for (int i = 0; i < VecF::lanes; ++i) {
+    low.r[i] = ((p[i] & 15) ^ 8) - 8;
+    high.r[i] = ((p[i] >> 4) ^ 8) - 8;
+  }
 #endif
 }
 

@@ -3,9 +3,9 @@
 //   numbers  panels [P, K, W] in the dtype of the step; where the ISA multiplies pairs of bfloat16,
 //            [P, ceil(K / 2), W, 2]
 //   int8     panels [P, K, W], q;        weight = q scale,        scales [P, ceil(K / group), 1, W]
-//   int4     panels [P, K, W / 2], the low four bits of byte i are row i of the panel, the high
-//   ones
-//            row W / 2 + i;              weight = q scale + low,  scales [P, ceil(K / group), 2, W]
+//   int4     panels [P, K, W / 2], q - 8 in two's complement: the low four bits of byte i are row i
+//            of the panel, the high ones row W / 2 + i;
+//                                        weight = q scale + low,  scales [P, ceil(K / group), 2, W]
 // On CUDA numbers are not packed: panels are [N, K].
 // scales are bfloat16: scale, then low. Rows from N on and what is behind K are zeros.
 #pragma once

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pykern import ops
+from pykern.ops._library import empty_packed
 
 PAGE = 64  # keys; a tile of the attention kernel is read where it lies when it is within one page
 
@@ -59,8 +60,9 @@ class KVCache:
         if pages < 1:
             raise ValueError(f"KVCache: pages is {pages} but must be at least 1")
         stored = torch.uint8 if dtype == torch.int8 else dtype
-        self.k = torch.zeros(n_layer, pages, n_kv_head, page, head_size, dtype=stored, device=device)
-        self.v = torch.zeros_like(self.k)
+        like = torch.empty(0, dtype=stored, device=device)
+        self.k = empty_packed(like, (n_layer, pages, n_kv_head, page, head_size)).zero_()
+        self.v = empty_packed(self.k).zero_()
         self.k_scale = self.v_scale = None
         if dtype == torch.int8:
             self.k_scale = torch.zeros(n_layer, pages, n_kv_head, page, device=device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pykern.config import _C
+from pykern.ops._library import empty_packed
 
 GROUPS = {"int8": 64, "int4": 32}
 
@@ -26,7 +27,7 @@ class Quantised:
     low: Tensor | None
 
     def weight(self) -> Tensor:
-        """The float32 weight [N, K] that it stands for, as the kernel computes it."""
+        """The float32 weight [N, K] that it stands for."""
         group, K = GROUPS[self.kind], self.q.shape[1]
 
         def spread(x: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def panels(rows: Tensor) -> Tensor:
     N, K = rows.shape
     count = -(-N // width)
     padded = rows if count * width == N else torch.cat([rows, rows.new_zeros(count * width - N, K)])
-    return padded.view(count, width, K).transpose(1, 2).contiguous()
+    return empty_packed(padded, (count, K, width)).copy_(padded.view(count, width, K).transpose(1, 2))
 
 
 PackedTuple = tuple[Tensor, Tensor | None, int, int, str, int]
@@ -97,5 +98,5 @@ def pack(weight: Tensor, dtype: str) -> PackedTuple:
     if quantised.low is not None:
         scales = torch.cat([scales, panels(quantised.low)[:, :, None]], 2)
         low, high = q.chunk(2, -1)
-        q = low | high << 4
+        q = (low | high << 4) ^ 0x88  # q - 8 in two's complement
     return q.contiguous(), scales.contiguous(), N, K, dtype, GROUPS[dtype]
