@@ -61,31 +61,37 @@ struct Factors {
   static V splat(double x) { return V::splat(static_cast<C>(x)); }
 };
 
+// Numbers of a task of the update: long ones, as the four streams that it reads start anew in each.
+constexpr int64_t kUpdate = 32768;
+
 template <class T>
 static void update(const AdamWState& s, const AdamW& op, double scale, int threads) {
   using C = Compute<T>;
   using V = Vec<C>;
   const Factors<C> f(op, scale);
-  each_piece(s.param, threads, [&](int64_t row, int64_t first, int64_t length) {
-    T* param = row_of<T>(s.param, row) + first;
-    const T* grad = row_of<T>(s.grad, row) + first;
-    C* exp_avg = row_of<C>(s.exp_avg, row) + first;
-    C* exp_avg_sq = row_of<C>(s.exp_avg_sq, row) + first;
-    C* master = s.master.given ? row_of<C>(s.master, row) + first : nullptr;
-    each_vector<C>(length, [&](int64_t i, int n) {
-      const V g = load_n(grad + i, n) * f.grad_scale;
-      const V m0 = load_n(exp_avg + i, n), v0 = load_n(exp_avg_sq + i, n);
-      const V m = fma(g - m0, f.one_minus_beta1, m0);
-      const V v = fma(g * g, f.one_minus_beta2, v0 * f.beta2);
-      const V step = m / fma(sqrt(v), f.inverse_sqrt_correction2, f.eps);
-      const V w = master ? load_n(master + i, n) : load_n(param + i, n);
-      const V moved = fma(step, f.rate, w * f.decay);
-      store_n(exp_avg + i, m, n);
-      store_n(exp_avg_sq + i, v, n);
-      if (master) store_n(master + i, moved, n);
-      store_n(param + i, moved, n);
-    });
-  });
+  each_piece(
+      s.param, threads,
+      [&](int64_t row, int64_t first, int64_t length) {
+        T* param = row_of<T>(s.param, row) + first;
+        const T* grad = row_of<T>(s.grad, row) + first;
+        C* exp_avg = row_of<C>(s.exp_avg, row) + first;
+        C* exp_avg_sq = row_of<C>(s.exp_avg_sq, row) + first;
+        C* master = s.master.given ? row_of<C>(s.master, row) + first : nullptr;
+        each_vector<C>(length, [&](int64_t i, int n) {
+          const V g = load_n(grad + i, n) * f.grad_scale;
+          const V m0 = load_n(exp_avg + i, n), v0 = load_n(exp_avg_sq + i, n);
+          const V m = fma(g - m0, f.one_minus_beta1, m0);
+          const V v = fma(g * g, f.one_minus_beta2, v0 * f.beta2);
+          const V step = m / fma(sqrt(v), f.inverse_sqrt_correction2, f.eps);
+          const V w = master ? load_n(master + i, n) : load_n(param + i, n);
+          const V moved = fma(step, f.rate, w * f.decay);
+          store_n(exp_avg + i, m, n);
+          store_n(exp_avg_sq + i, v, n);
+          if (master) store_n(master + i, moved, n);
+          store_n(param + i, moved, n);
+        });
+      },
+      kUpdate);
 }
 
 // Pieces of all rows.

@@ -14,8 +14,9 @@
 PYKERN_BEGIN_ISA
 namespace {
 
-constexpr int64_t kBlock = 1024;  // numbers, 4 KiB of float: an eighth of the smallest L1
-constexpr int kSums = 4;          // accumulators: rounding errors stay apart, additions overlap
+constexpr int64_t kBlock = 1024;         // numbers, 4 KiB of float: an eighth of the smallest L1
+constexpr int64_t kStreamed = 32 << 10;  // bytes of a row of gradients that go past the caches
+constexpr int kSums = 4;  // accumulators: rounding errors stay apart, additions overlap
 
 // Of the numbers seen so far. sum is that of exp(x - max); total, that of x, is kept on demand.
 template <class C>
@@ -135,9 +136,20 @@ static inline void row_gradient(const T* x, int64_t n, int64_t V, int64_t y, dou
   const Vector shift = Vector::splat(center),
                scale = Vector::splat(static_cast<C>(rate * ::exp(center - lse))),
                offset = Vector::splat(static_cast<C>(everywhere));
-  each_vector<C>(n, [&](int64_t i, int lanes) {
-    store_n(dx + i, fma(exp(load_n(x + i, lanes) - shift), scale, offset), lanes);
-  });
+  const auto gradient = [&](int64_t i, int lanes) {
+    return fma(exp(load_n(x + i, lanes) - shift), scale, offset);
+  };
+  constexpr int L = Vector::lanes;
+  int64_t i = 0;
+  if (static_cast<const void*>(dx) != x && n * static_cast<int64_t>(sizeof(D)) >= kStreamed) {
+    const int64_t odd = reinterpret_cast<uintptr_t>(dx) / sizeof(D) % L;
+    i = odd ? L - odd : 0;
+    each_vector<C>(i, [&](int64_t j, int lanes) { store_n(dx + j, gradient(j, lanes), lanes); });
+    for (; i + L <= n; i += L) stream(dx + i, gradient(i, L));
+    end_stream();
+  }
+  each_vector<C>(n - i,
+                 [&](int64_t j, int lanes) { store_n(dx + i + j, gradient(i + j, lanes), lanes); });
   if (labelled)
     dx[y] = narrow<D>(
         static_cast<C>(rate * ::exp(x_y - lse) - dloss * (1 - o.label_smoothing) + everywhere));

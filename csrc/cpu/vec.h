@@ -119,6 +119,35 @@ static inline void store(f16* p, VecF v) {
 #endif
 }
 
+// A store past the caches, to an address that is a multiple of a vector: for what is written once,
+// and so much of it that it would not stay in them.
+template <class C>
+static inline void stream(C* p, Vec<C> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v.r);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v.r);
+#else
+  store(p, v);
+#endif
+}
+static inline void stream(bf16* p, VecF v) {
+#if defined(__AVX512F__)
+  __m256i half;
+  store(reinterpret_cast<bf16*>(&half), v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half);
+#else
+  store(p, v);
+#endif
+}
+static inline void stream(f16* p, VecF v) { store(p, v); }
+// Behind the last of them: other threads see what was streamed.
+static inline void end_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes, n < lanes: memory behind them is neither read nor written; lanes are 0.
 template <class T>
 static inline Vec<Compute<T>> load(const T* p, int n) {
