@@ -10,6 +10,7 @@ of the first argument: float32, float64, bfloat16 or float16. A *stat* is float3
 float64).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 Array = Any
@@ -39,9 +40,11 @@ def cuda_kernels() -> list[str]:
 def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 
-def huge_pages(array: Array) -> None:
-    """Hints, before its first write, that this contiguous CPU array should lie on huge pages. Contents do not
-    change."""
+def large_result(size: Sequence[int], dtype: str) -> object:
+    """A DLPack capsule of new CPU memory on huge pages, not initialised. What is given back is kept for the next one."""
+
+def kept_results() -> int:
+    """Bytes kept for large results that nobody has at present."""
 
 # ---- attention: out = softmax(mask(scale q k^T + bias)) v
 def attention_forward(

@@ -1,8 +1,10 @@
 #include "core/memory.h"
 
+#include <atomic>
 #include <cstdlib>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace pykern {
@@ -42,6 +44,53 @@ struct Kept {
 
 thread_local Kept kept;
 
+void* allocate(int64_t bytes) {
+  const int64_t align = bytes >= kHugePage ? kHugePage : kLine;
+  const int64_t total = (bytes + kLine + align - 1) / align * align;
+  void* start = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(total));
+  if (!start) return nullptr;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (align == kHugePage) madvise(start, static_cast<size_t>(total), MADV_HUGEPAGE);
+#endif
+  void* block = static_cast<char*>(start) + kLine;
+  *header(block) = {start, total - kLine};
+  return block;
+}
+
+// The blocks of large results that nobody has, oldest first.
+struct Results {
+  static constexpr int kBlocks = 256;
+  std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  void* block[kBlocks];
+  int count = 0;
+  std::atomic<int64_t> bytes = 0;
+  int64_t limit = limit_of_machine();
+
+  static int64_t limit_of_machine() {
+#if defined(__linux__)
+    const int64_t memory = sysconf(_SC_PHYS_PAGES) * int64_t{sysconf(_SC_PAGESIZE)};
+    return memory / 8 < kKeptResults ? memory / 8 : kKeptResults;
+#else
+    return kKeptResults;
+#endif
+  }
+  // Nobody waits for it: a child of fork() may have got it locked for good.
+  bool lock() {
+    for (int tries = 0; tries < 1000; ++tries)
+      if (!busy.test_and_set(std::memory_order_acquire)) return true;
+    return false;
+  }
+  void unlock() { busy.clear(std::memory_order_release); }
+  void* remove(int i) {
+    void* const removed = block[i];
+    bytes -= header(removed)->bytes;
+    for (--count; i < count; ++i) block[i] = block[i + 1];
+    return removed;
+  }
+};
+
+Results results;
+
 }  // namespace
 
 void* borrow_memory(int64_t bytes) {
@@ -59,16 +108,7 @@ void* borrow_memory(int64_t bytes) {
     kept.block[best] = nullptr;
     return block;
   }
-  const int64_t align = bytes >= kHugePage ? kHugePage : kLine;
-  const int64_t total = (bytes + kLine + align - 1) / align * align;
-  void* start = std::aligned_alloc(static_cast<size_t>(align), static_cast<size_t>(total));
-  if (!start) return nullptr;
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (align == kHugePage) madvise(start, static_cast<size_t>(total), MADV_HUGEPAGE);
-#endif
-  void* block = static_cast<char*>(start) + kLine;
-  *header(block) = {start, total - kLine};
-  return block;
+  return allocate(bytes);
 }
 
 void return_memory(void* block) {
@@ -87,5 +127,47 @@ void return_memory(void* block) {
   kept.block[slot] = block;
   kept.bytes += bytes;
 }
+
+void* take_result(int64_t bytes) {
+  if (bytes < 0 || bytes > INT64_MAX / 2) return nullptr;
+  void* found = nullptr;
+  if (results.lock()) {
+    int best = -1;
+    int64_t least = 0;
+    for (int i = 0; i < results.count; ++i) {
+      const int64_t size = header(results.block[i])->bytes;
+      if (size < bytes || size - bytes > bytes / 4 + kHugePage || (best >= 0 && size >= least))
+        continue;
+      best = i, least = size;
+    }
+    if (best >= 0) found = results.remove(best);
+    results.unlock();
+  }
+  return found ? found : allocate(bytes);
+}
+
+void give_result(void* block) {
+  if (!block) return;
+  const int64_t bytes = header(block)->bytes;
+  if (!kKeeps || bytes > results.limit || bytes < kHugePage || !results.lock()) {
+    std::free(header(block)->start);
+    return;
+  }
+  void* dropped[Results::kBlocks];  // freed when others need not wait for it
+  int count = 0;
+  while (results.count == Results::kBlocks || results.bytes + bytes > results.limit)
+    dropped[count++] = results.remove(0);
+#if defined(__linux__) && defined(MADV_FREE)
+  char* const second_page = static_cast<char*>(header(block)->start) + kHugePage;
+  if (bytes > kHugePage)  // the first one holds the header
+    madvise(second_page, static_cast<size_t>(bytes + kLine - kHugePage), MADV_FREE);
+#endif
+  results.block[results.count++] = block;
+  results.bytes += bytes;
+  results.unlock();
+  while (count > 0) std::free(header(dropped[--count])->start);
+}
+
+int64_t kept_results() { return results.bytes; }
 
 }  // namespace pykern

@@ -5,12 +5,14 @@
 function's forward calls `op.below_autograd(...)`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils.dlpack import from_dlpack
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
 
@@ -176,12 +178,13 @@ _LARGE = 4 << 20  # bytes: two huge pages
 def empty_packed(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor on x's device, of x's shape and dtype unless given; large: on huge pages.
 
-    Fresh memory costs a page fault every 4 KiB, which takes longer than many kernels; huge pages take 512 times fewer.
+    Fresh memory costs a page fault every 4 KiB, and clearing it takes longer than many kernels. A large CPU result's
+    memory is therefore kept for the next one when it is freed (csrc/core/memory.h).
     """
-    out = x.new_empty(x.shape if shape is None else shape, dtype=dtype)
-    if out.nbytes > _LARGE and out.device.type == "cpu" and type(out) is Tensor:
-        _C.huge_pages(out)
-    return out
+    shape, dtype = x.shape if shape is None else shape, dtype or x.dtype
+    if x.device.type == "cpu" and type(x) in (Tensor, Parameter) and math.prod(shape) * dtype.itemsize > _LARGE:
+        return from_dlpack(_C.large_result(list(shape), str(dtype).removeprefix("torch.")))
+    return x.new_empty(shape, dtype=dtype)
 
 
 def autocast(op: str, *tensors: Tensor | None) -> tuple:

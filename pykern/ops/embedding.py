@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import _C, define, differentiable, empty_packed, require_tensors, unit_last
 
 
 def _empty(weight, ids):
@@ -23,7 +23,7 @@ def _empty_grad(ids, dout, rows):
 
 def _backward(ids, dout, rows):
     dout = unit_last(dout)
-    dweight = _empty_grad(ids, dout, rows)
+    dweight = empty_packed(dout, (rows, dout.shape[-1]))
     _C.embedding_backward(ids, dout, dweight)
     return dweight
 
