@@ -41,7 +41,7 @@ def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 
 def large_result(size: Sequence[int], dtype: str) -> object:
-    """A DLPack capsule of new CPU memory on huge pages, not initialised. What is given back is kept for the next one."""
+    """A DLPack capsule of CPU memory on huge pages, not initialised; what is given back is kept for the next one."""
 
 def kept_results() -> int:
     """Bytes kept for large results that nobody has at present."""
