@@ -28,9 +28,8 @@ class Session:
     the batch, the chunks of a prefill and the thread count. "int8" and "int4" hold quantised matrices
     (pykern.lm.packing says how) and compute in float32: logits are those of a model with the matrices that they stand
     for, to rounding, with the same bits in any batch and chunks. Embeddings, biases and norms are not quantised.
-    cache_dtype "int8" stores keys and
-    values in a quarter of float32's bytes, with an error (KVCache says which). A session is a copy: training the
-    model does not change it. max_len tokens a text, block_size when None.
+    cache_dtype "int8" stores keys and values in a quarter of float32's bytes, with an error (KVCache says which). A
+    session is a copy: training the model does not change it. max_len tokens a text, block_size when None.
 
     On CUDA, where the model is: a generate() captures the step and the choice of its tokens as a graph, launches it
     once for each of up to 256 tokens and waits once. ids come and go on any device, logits are on the model's. A text's
