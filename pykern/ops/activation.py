@@ -3,19 +3,19 @@
 import torch
 from torch import Tensor
 
-from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
+from pykern.ops._library import _C, define, differentiable, empty_packed, require_tensors, unit_last
 
 
 def _forward(x, kind):
     x = unit_last(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = empty_packed(x)
     _C.activation_forward(x, out, kind=kind)
     return out
 
 
 def _backward(x, dout, kind):
     x, dout = unit_last(x), unit_last(dout)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = empty_packed(x)
     _C.activation_backward(x, dout, dx, kind=kind)
     return dx
 
@@ -46,14 +46,14 @@ differentiable(_activation, _Activation)
 
 def _swiglu_forward(gate, up):
     gate, up = unit_last(gate), unit_last(up)
-    out = _like(gate)
+    out = empty_packed(gate)
     _C.swiglu_forward(gate, up, out)
     return out
 
 
 def _swiglu_backward(gate, up, dout):
     gate, up, dout = unit_last(gate), unit_last(up), unit_last(dout)
-    dgate, dup = _like(gate), _like(up)
+    dgate, dup = empty_packed(gate), empty_packed(up)
     _C.swiglu_backward(gate, up, dout, dgate, dup)
     return dgate, dup
 
