@@ -41,7 +41,8 @@ def borrow_path(array: Array) -> str:
     """How this array crosses the boundary: "exchange", "numpy" or "dlpack"."""
 
 def large_result(size: Sequence[int], dtype: str) -> object:
-    """A DLPack capsule of CPU memory on huge pages, not initialised; what is given back is kept for the next one."""
+    """A DLPack capsule of CPU memory on huge pages, not initialised; what is given back is kept for the next one.
+    ValueError: a negative size, or too many numbers. TypeError: another dtype. MemoryError: there is none."""
 
 def kept_results() -> int:
     """Bytes kept for large results that nobody has at present."""

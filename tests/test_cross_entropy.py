@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from tools import of_the_cpu
 
 import pykern
 from pykern import _C
@@ -281,6 +282,25 @@ def test_gradient_over_its_logits(dtype):
     assert (buffer[:, :5] == 7).all() and (buffer[:, 80:] == 7).all()
 
 
+@of_the_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_long_rows_are_stored_past_the_caches(dtype):
+    """From 32 KiB a row on, unless the gradient takes the place of the logits: rows of odd length, so each begins
+    elsewhere between two vectors, with guards around; the bits are those of the ordinary way, which goes in place."""
+    V, shift = 17003, 5
+    logits, target = draw(4, V, dtype=dtype), labels((4,), V)
+    options = dict(ignore_index=-100, label_smoothing=0.1, z_loss=0.01)
+    loss = torch.empty(4, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    lse = torch.empty(4, dtype=torch.float64)
+    _C.cross_entropy_forward(logits, target, loss, lse, **options)
+    buffer = torch.full((4 * V + 2 * shift,), 7.0, dtype=dtype)
+    streamed = buffer[shift:-shift].view(4, V)
+    _C.cross_entropy_backward(logits, target, lse, torch.ones_like(loss), streamed, **options)
+    _C.cross_entropy_backward(logits, target, lse, torch.ones_like(loss), logits, **options)
+    assert_bitwise(streamed, logits)
+    assert (buffer[:shift] == 7).all() and (buffer[-shift:] == 7).all()
+
+
 def test_numpy_arrays_and_lse_in_both_dtypes():
     logits = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32)
     target = np.array([0, 39, 7, -1, 20])
@@ -296,7 +316,7 @@ def test_numpy_arrays_and_lse_in_both_dtypes():
 
 @pytest.mark.one_isa
 def test_large_logits_have_the_gradients_of_their_rows():
-    """Memory that is kept for the next result, and stores past the caches. Its values are those of the rows alone."""
+    """In memory that is kept for the next result. Its values are those of the rows alone."""
     logits, target = draw(1, 300, dtype=torch.float32).expand(40000, 300), labels((40000,), 300)
     _, dx = gradient(lambda x: pykern.cross_entropy(x, target, reduction="sum"), logits)
     assert dx.nbytes > 32 << 20 and dx.is_contiguous()
