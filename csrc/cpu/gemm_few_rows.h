@@ -2,6 +2,7 @@
 // number of B is read once, in order, and goes through the registers transposed. The sums are those
 // of gemm.h, bit for bit.
 #pragma once
+#include "cpu/fetcher.h"
 #include "cpu/gemm.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
@@ -43,26 +44,40 @@ static void pack_strips(Compute<T>* out, int width, int64_t strips, int64_t stri
                        {static_cast<const T*>(A.data), A.row, A.column}, rows, k);
 }
 
+// Bytes of a row that are fetched before the next row's: with those of all rows of a vector they
+// fill a small part of the second-level cache.
+constexpr int64_t kRunBytes = 2048;
+
 // total[m] = the products of row m of a, packed as a strip, with each of `lanes` rows, K numbers
-// each.
+// each. Rows are read side by side, but fetched in runs along the rows, as memory likes it: the
+// next run while one is read, and behind the last the first run of the rows `then` (null: none).
 template <class T, class S, int M>
 [[gnu::noinline]] static void multiply_streamed(const Compute<T>* a, const S* rows, int64_t row,
-                                                int lanes, int64_t K, Vec<Compute<T>> (&total)[M]) {
+                                                int lanes, int64_t K, const S* then,
+                                                Vec<Compute<T>> (&total)[M]) {
   using V = Vec<Compute<T>>;
   constexpr int L = V::lanes;
-  constexpr int64_t kAhead = 1024 / sizeof(S);
-  const int64_t count = units<T>(K);
+  constexpr int64_t width = L * kUnit<T>;  // numbers of a row in a square
+  const int64_t count = units<T>(K), squares = (count + L - 1) / L;
+  const int64_t bytes = squares * width * static_cast<int64_t>(sizeof(S));
+  const int64_t runs = bytes == 0 ? 1 : (bytes + kRunBytes - 1) / kRunBytes;
+  const int64_t run = (squares + runs - 1) / runs * L;  // units, as many in each run
+  Fetcher ahead(rows, 0, 64);
   V sum[M] = {}, chunk[M] = {};
   for (int64_t u = 0; u < count; u += L) {
     V square[L];
     const int64_t left = K - u * kUnit<T>;
     const S* p = rows + u * kUnit<T>;
-    if (lanes == L && left >= L * kUnit<T>) {
+    if (u % run == 0) {
+      const int64_t behind = left - run * kUnit<T>;  // numbers behind this run
+      const S* next = behind > 0 ? p + run * kUnit<T> : then;
+      const int64_t there = behind > 0 && behind < run * kUnit<T> ? behind : run * kUnit<T>;
+      if (next) ahead = Fetcher(next, row * sizeof(S), there * sizeof(S));
+    }
+    ahead.fetch(L * width * sizeof(S) / 64);
+    if (lanes == L && left >= width) {
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) {
-        __builtin_prefetch(p + i * row + kAhead);
-        square[i] = load_units<T, S>(p + i * row, L * kUnit<T>);
-      }
+      for (int i = 0; i < L; ++i) square[i] = load_units<T, S>(p + i * row, width);
     } else {
       for (int i = 0; i < L; ++i)
         square[i] = i < lanes ? load_units<T, S>(p + i * row, left) : V::zero();
@@ -102,25 +117,24 @@ static Status few_rows(int64_t M, int64_t N, int64_t K, Matrix<T> A, Matrix<T> B
   const C* a = packed.template at<C>();
   pack_strips<T>(packed.template at<C>(), kTileRows, 1, 0, A, M, K);
   const int64_t blocks = (N + V::lanes - 1) / V::lanes;
-  const int64_t grain = (blocks + 8 * threads - 1) / (8 * threads);
-  parallel_rows(blocks, grain, threads, [&](int64_t first, int64_t last, int) {
+  const auto multiply_block = [&]<class S>(S, int64_t block, int64_t next) {
     with_rows<kFewRows>(static_cast<int>(M), [&](auto rows) {
-      for (int64_t block = first; block < last; ++block) {
-        const int64_t column = block * V::lanes;
-        const int n = N - column < V::lanes ? static_cast<int>(N - column) : V::lanes;
-        const Matrix<T> lanes = Bt.from(column, 0);
-        V total[rows.value] = {};
-        if constexpr (sizeof(T) < sizeof(float)) {
-          if (lanes.wide)
-            multiply_streamed<T>(a, static_cast<const float*>(lanes.data), lanes.row, n, K, total);
-          else
-            multiply_streamed<T>(a, static_cast<const T*>(lanes.data), lanes.row, n, K, total);
-        } else {
-          multiply_streamed<T>(a, static_cast<const T*>(lanes.data), lanes.row, n, K, total);
-        }
-        sink.take(sink.context, 0, rows.value, column, n, total, V::lanes);
-      }
+      const auto lanes = [&](int64_t block) {
+        return static_cast<const S*>(Bt.from(block * V::lanes, 0).data);
+      };
+      const int64_t column = block * V::lanes;
+      const int n = N - column < V::lanes ? static_cast<int>(N - column) : V::lanes;
+      V total[rows.value] = {};
+      multiply_streamed<T>(a, lanes(block), Bt.row, n, K, next < blocks ? lanes(next) : nullptr,
+                           total);
+      sink.take(sink.context, 0, rows.value, column, n, total, V::lanes);
     });
+  };
+  parallel_with_next(blocks, threads, [&](int64_t block, int64_t next) {
+    if constexpr (sizeof(T) < sizeof(float)) {
+      if (Bt.wide) return multiply_block(float{}, block, next);
+    }
+    multiply_block(T{}, block, next);
   });
   return Status::ok;
 }

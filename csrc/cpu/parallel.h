@@ -3,6 +3,8 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
+
 #include "core/tensor.h"
 #include "cpu/isa.h"
 
@@ -17,6 +19,23 @@ static inline void parallel_for(int64_t n, int threads, const Body& body) {
   }
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
+}
+
+// The same, with body(i, next): a thread is told which iteration it runs next (n: none), so that it
+// can fetch what that one reads.
+template <class Body>
+static inline void parallel_with_next(int64_t n, int threads, const Body& body) {
+  if (threads <= 1 || n <= 1) {
+    for (int64_t i = 0; i < n; ++i) body(i, i + 1);
+    return;
+  }
+  std::atomic<int64_t> taken = 0;
+#pragma omp parallel num_threads(threads)
+  for (int64_t i = taken++; i < n;) {
+    const int64_t next = taken++;
+    body(i, next < n ? next : n);
+    i = next;
+  }
 }
 
 // body(first, last, thread) over chunks of grain rows, the last one shorter.
