@@ -84,7 +84,7 @@ static inline VecD exp(VecD x) {
   return scale_by_power(polynomial(r, c), n);
 }
 
-// 2^x for x <= 127, 0 for -infinity. With few bits the relative error is 4e-6: below that of a
+// 2^x for x <= 250, 0 for -infinity. With few bits the relative error is 4e-6: below that of a
 // result that is rounded to bf16.
 template <bool few_bits = false>
 static inline VecF power2(VecF x) {
@@ -150,6 +150,18 @@ static inline VecD normal_cdf(VecD x, VecD* density) {
   return phi;
 }
 
+// gelu_tanh is x / (1 + 2^w) with w = -2 u / ln 2, which is odd in x and kGelu (x + kCube x^3).
+constexpr double kGelu = -2.302208198144325, kCube = 0.044715;
+// 2^kMostPower is finite, twice that is not.
+template <class C>
+constexpr C kMostPower = sizeof(C) == sizeof(float) ? C(127) : C(1023);
+
+template <class C>
+static inline Vec<C> gelu_power(Vec<C> x) {
+  using V = Vec<C>;
+  return x * fma(V::splat(C(kGelu * kCube)), x * x, V::splat(C(kGelu)));
+}
+
 // f(x)
 template <Activation f, class C>
 static inline Vec<C> activate(Vec<C> x) {
@@ -161,10 +173,9 @@ static inline Vec<C> activate(Vec<C> x) {
     V density;
     return x * normal_cdf(x, &density);
   }
-  if constexpr (f == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = sigmoid(2 u)
-    const V u2 =
-        V::splat(C(1.5957691216057308)) * x * fma(V::splat(C(0.044715)) * x, x, V::splat(C(1)));
-    return x * sigmoid(u2);
+  if constexpr (f == Activation::gelu_tanh) {  // (1 + tanh u) / 2 = 1 / (1 + exp(-2 u))
+    const V one = V::splat(C(1)), w = min(gelu_power(x), V::splat(kMostPower<C> + 2));
+    return x * (one / (one + power2(w)));
   }
   return x;
 }
@@ -177,7 +188,7 @@ static inline Vec<C> derivative(Vec<C> x, Vec<C>* value) {
   // Far out every derivative but relu's is constant; without the bound, infinity times 0 appears.
   constexpr C kFar = sizeof(C) == sizeof(float) ? C(88) : C(700);  // exp(kFar) is finite
   const V one = V::splat(C(1)), far = V::splat(kFar);
-  const V near = select(x > far, far, select(x < -far, -far, x));
+  const V near = max(min(x, far), -far);
   if constexpr (f == Activation::relu) {
     *value = activate<f>(x);
     return select(x > V::zero(), one, select(x == x, V::zero(), x));
@@ -199,12 +210,12 @@ static inline Vec<C> derivative(Vec<C> x, Vec<C>* value) {
     return fma(near, density, cdf);
   }
   if constexpr (f == Activation::gelu_tanh) {
-    const V k = V::splat(C(1.5957691216057308)), c = V::splat(C(0.044715));
-    const V e = exp(min(-(k * near * fma(c * near, near, one)), far));
+    const V e = power2(min(gelu_power(near), V::splat(kMostPower<C>)));
     const V s = one / (one + e), rest = e * s;  // 1 - s without cancellation
-    const V du2 = k * fma(V::splat(C(3)) * c * near, near, one);
+    constexpr double k = 1.5957691216057308;    // d(2 u) / dx = k + 3 k kCube x^2
+    const V slope = fma(V::splat(C(3 * k * kCube)), near * near, V::splat(C(k)));
     *value = x * s;
-    return s * fma(near * rest, du2, one);
+    return s * fma(near * rest, slope, one);
   }
   *value = x;
   return one;

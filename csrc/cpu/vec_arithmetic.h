@@ -168,6 +168,21 @@ template <class C>
 static inline Vec<C> min(Vec<C> a, Vec<C> b) {
   return select(b < a, b, a);
 }
+#if defined(__AVX512F__)  // one instruction, of which the second operand is kept
+static inline VecF max(VecF a, VecF b) {
+  return {(VecF::Reg)_mm512_max_ps((__m512)b.r, (__m512)a.r)};
+}
+static inline VecF min(VecF a, VecF b) {
+  return {(VecF::Reg)_mm512_min_ps((__m512)b.r, (__m512)a.r)};
+}
+#elif defined(__AVX2__)
+static inline VecF max(VecF a, VecF b) {
+  return {(VecF::Reg)_mm256_max_ps((__m256)b.r, (__m256)a.r)};
+}
+static inline VecF min(VecF a, VecF b) {
+  return {(VecF::Reg)_mm256_min_ps((__m256)b.r, (__m256)a.r)};
+}
+#endif
 template <class C>
 static inline Vec<C> abs(Vec<C> a) {
   using Bits = typename Registers<C>::Bits;
