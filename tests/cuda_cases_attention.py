@@ -30,6 +30,47 @@ def attention_biased(dtype, *sizes):
     return attention_inputs(dtype, *sizes) | dict(bias=draw(1, H, T, S, dtype=dtype, seed=3))
 
 
+def attention_biased_by_key(dtype, *sizes):
+    _, H, _, _, S, _ = sizes
+    return attention_inputs(dtype, *sizes) | dict(bias=draw(1, H, 1, S, dtype=dtype, seed=3))
+
+
+def attention_biased_by_head(dtype, *sizes):
+    return attention_inputs(dtype, *sizes) | dict(bias=draw(1, sizes[1], 1, 1, dtype=dtype, seed=3))
+
+
+def attention_in_blocks(dtype, *sizes):
+    """Of the first tiles of keys the first queries see nothing."""
+    found = attention_masked(dtype, *sizes)
+    found["mask"][..., :128, :128] = False
+    return found
+
+
+def attention_around_nan(dtype, *sizes):
+    """A query that sees nothing and a key that nobody sees are NaN."""
+    found = attention_masked(dtype, *sizes)
+    found["mask"][:, :, 0], found["mask"][..., 1] = False, False
+    found["q"][:, :, 0], found["k"][:, :, 1], found["v"][:, :, 1] = torch.nan, torch.nan, torch.nan
+    return found
+
+
+def attention_to_infinity(dtype, *sizes):
+    """Half of the queries see an infinite value."""
+    found = attention_masked(dtype, *sizes)
+    found["v"][:, :, 1, 0] = torch.inf
+    return found
+
+
+def attention_under_nan(dtype, *sizes):
+    """The gradient of a query, which sees all keys, is NaN in its first number, by way of a factor."""
+    B, H, _, T, _, D = sizes
+    factor = torch.ones(B, H, T, D, dtype=dtype)
+    factor[:, :, T // 2, 0] = torch.nan
+    found = attention_masked(dtype, *sizes) | dict(factor=factor)
+    found["mask"][:, :, T // 2] = True
+    return found
+
+
 def attention_with_slopes(dtype, *sizes):
     H = sizes[1]
     return attention_inputs(dtype, *sizes) | dict(alibi_slopes=0.5 ** torch.arange(1.0, H + 1))
@@ -45,6 +86,9 @@ ATTENTION = {
     "attention, window": (attention_inputs, dict(window=(9, 0))),
     "attention, mask": (attention_masked, {}),
     "attention, bias": (attention_biased, dict(causal=True)),
+    "attention, bias of keys": (attention_biased_by_key, {}),
+    "attention, blocks": (attention_in_blocks, {}),
+    "attention, around NaN": (attention_around_nan, {}),
     "attention, softcap and slopes": (attention_with_slopes, dict(softcap=2.0, causal=True)),
     "attention, sinks": (attention_with_sinks, {}),
 }
@@ -136,3 +180,16 @@ def attentions():
         "attention_with_kvcache",
         Op(("attention_with_kvcache",), shapes, cached, append, append_by_formula, constant, ("q", "k", "v")),
     )
+
+
+def rare_attentions():
+    """What reaches the last branches, for cuda_faults.py: a sum over all keys, infinity and NaN that are seen."""
+    kernels, shapes = ("attention_forward", "attention_backward"), {"odd": (1, 2, 1, 5, 13, 24)}
+
+    def case(inputs, constant=(), function=pykern.attention):
+        return Op(kernels, shapes, inputs, out(function), out(function), constant)
+
+    yield "attention, bias of heads", case(attention_biased_by_head)
+    yield "attention, infinity", case(attention_to_infinity, ("q", "k", "v"))
+    under = lambda factor, **inputs: pykern.attention(**inputs) * factor  # noqa: E731
+    yield "attention, NaN from behind", case(attention_under_nan, ("factor",), under)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+from tools import draw
 
 
 @dataclass(frozen=True)
@@ -24,3 +25,25 @@ class Op:
 
 def out(function):
     return lambda *args, **inputs: {"out": function(*args, **inputs)}
+
+
+def leaves(op, inputs):
+    wanted = {name for name, x in inputs.items() if x.is_floating_point() and name not in op.constant}
+    return {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
+
+
+def results(op, function, inputs, douts=None):
+    """Outputs and gradients "d<name>", and the gradients that reached the outputs: given, or drawn."""
+    given = leaves(op, inputs)
+    outputs = function(**given)
+    found = {name: x.detach() for name, x in outputs.items()}
+    wanted = {name: x for name, x in given.items() if x.requires_grad}
+    if not wanted:
+        return found, {}
+    if douts is None:
+        douts = {
+            name: draw(*x.shape, dtype=x.dtype, seed=100 + i).to(x.device)
+            for i, (name, x) in enumerate(outputs.items())
+        }
+    gradients = torch.autograd.grad([outputs[name] for name in douts], list(wanted.values()), list(douts.values()))
+    return found | {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}, douts

@@ -8,10 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cuda_cases import OPS
 
 pytestmark = pytest.mark.one_isa
 ROOT = Path(__file__).parent.parent
@@ -167,6 +169,49 @@ def test_changed_kernels_are_seen(objects, tmp_path):
     assert unseen == [], {name: results[name] for name in unseen}
 
 
+# ---- kernels without one of their barriers or waits, at run time
+
+KINDS = {"__syncthreads();": "barrier", "__syncwarp();": "warp barrier", "cp_async_wait<": "wait"}
+UNSEEN = {  # how many of a file and kind nobody would miss on the emulator
+    # behind the last rows of a block nothing is under way
+    **dict.fromkeys((f"{file} wait" for file in ("norm.cu", "norm_backward.cu", "softmax.cu", "gemm_halves.cuh")), 1),
+    **dict.fromkeys((f"attention_{file}.cuh wait" for file in ("forward", "backward")), 1),
+    **{"cross_entropy.cu wait": 2, "gemm_few_rows.cuh wait": 1, "decode_halves.cuh wait": 1},
+    # beside a vote, a shuffle or ldmatrix, which bring the warp together themselves
+    **{"sort.cuh warp barrier": 2, "gemm_few_rows.cuh warp barrier": 2, "decode_halves.cuh warp barrier": 2},
+    **{"decode_ring.cuh warp barrier": 1, "attention_forward.cuh warp barrier": 1},
+    "decode.cuh barrier": 2,  # between blocks, which run one after the other; one that finishes too early is corrected
+    "decode_append.cu barrier": 1,  # for more than 65535 sequences
+    "attention_mask.cu barrier": 1,  # what is not there yet reads as partly seen: slower, the same bits
+}
+
+
+def places():
+    """Every barrier and wait that csrc/cuda has: "norm.cu:31 barrier"."""
+    found = set()
+    for path in (ROOT / "csrc/cuda").glob("*.cu*"):
+        for i, line in enumerate(path.read_text().splitlines(), 1):
+            found |= {f"{path.name}:{i} {kind}" for text, kind in KINDS.items() if text in line.split("//")[0]}
+    return {place for place in found if not place.startswith("ptx.cuh")}
+
+
+@pytest.mark.slow
+def test_every_barrier_and_wait_is_missed():
+    """tests/cuda_faults.py leaves each out in turn: other bits, a fault, or no end. No place is out of its reach."""
+    others = {name.split(",")[0].split(" ")[0] for name in [*OPS, "session"]} - {"attention"}
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda group: emulated("tests/cuda_faults.py", group), ["attention", ",".join(others)]))
+    shown = {}
+    for run in runs:
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        for line in run.stdout.splitlines():
+            place, what = line.split(": ", 1)
+            shown[place] = what if what != "unseen" else shown.get(place, what)
+    assert shown.keys() == places()
+    unseen = sorted(place for place, what in shown.items() if what == "unseen")
+    assert Counter(re.sub(r":\d+", "", place) for place in unseen) == UNSEEN, unseen
+
+
 # ---- the tests of each room, on the CUDA kernels
 
 ROOMS = {  # the kernels that make a room complete
@@ -185,7 +230,8 @@ ROOMS = {  # the kernels that make a room complete
     "flash_attn_kvcache": "attention_with_kvcache",
     "sampling": "sample",
 }
-MODULES = ["tests/test_nn.py", "tests/test_lm_step.py"]  # of the kernels above put together
+# Of the kernels above put together
+MODULES = [f"tests/test_{name}.py" for name in ("nn", "lm_step", "lm_kvcache", "known_bugs")]
 LEFT_OUT = (
     *("thread_count", "chain"),  # what the CPU's kernels promise of their own
     # minutes of emulation; attention's gradients meet the formula's in its other tests
@@ -241,7 +287,6 @@ def test_an_op_without_a_cuda_kernel_refuses():
     ("config", "session", "words"),
     [
         ("positions='t5'", "", "lm_step: distance_bias has no CUDA kernel yet"),
-        ("", "cache_dtype='int8'", "lm_step: int8 caches have no CUDA kernel yet"),
         ("", "dtype='int4'", "pack: int4 weights have no CUDA kernel yet"),
     ],
 )

@@ -10,8 +10,9 @@ import lm_models
 import pytest
 import torch
 from cuda_cases import OPS
+from cuda_op import results
 from lm_training import OPTIONS, SHAPE, changed, losses, make_data
-from tools import VIEWS, draw
+from tools import VIEWS
 
 from pykern import _C
 from pykern.lm import Config, Trainer
@@ -49,28 +50,6 @@ def moved(inputs, device):
 def some_inputs(op, dtype, device="cpu", which=0):
     shape = list(op.shapes.values())[which]
     return moved(op.inputs(dtype, *shape), device)
-
-
-def leaves(op, inputs):
-    wanted = {name for name, x in inputs.items() if x.is_floating_point() and name not in op.constant}
-    return {name: x.detach().requires_grad_(name in wanted) for name, x in inputs.items()}
-
-
-def results(op, function, inputs, douts=None):
-    """Outputs and gradients "d<name>", and the gradients that reached the outputs: given, or drawn."""
-    given = leaves(op, inputs)
-    outputs = function(**given)
-    found = {name: x.detach() for name, x in outputs.items()}
-    wanted = {name: x for name, x in given.items() if x.requires_grad}
-    if not wanted:
-        return found, {}
-    if douts is None:
-        douts = {
-            name: draw(*x.shape, dtype=x.dtype, seed=100 + i).to(x.device)
-            for i, (name, x) in enumerate(outputs.items())
-        }
-    gradients = torch.autograd.grad([outputs[name] for name in douts], list(wanted.values()), list(douts.values()))
-    return found | {f"d{name}": x for name, x in zip(wanted, gradients, strict=True)}, douts
 
 
 def expected(op, inputs, douts):

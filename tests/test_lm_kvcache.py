@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lm_models import POSITIONS, full_logits, make, random_ids
+from tools import EMULATED, of_the_cpu
 
 from pykern.lm import KVCache
 
@@ -98,6 +99,7 @@ def test_refusal_changes_nothing(case):
     assert all(torch.equal(a, b) for a, b in zip(before, parts, strict=True)) and cache.free_pages == free
 
 
+@of_the_cpu
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_blocks_with_a_cache_have_the_bits_of_the_full_forward(positions, dtype):
@@ -133,11 +135,23 @@ def test_an_int8_cache_keeps_what_is_not_finite_and_zeros():
     assert torch.equal(stored[:, :, :, 2], k.transpose(0, 1)[:, 0, :, 2].expand_as(stored[:, :, :, 2]))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
-@pytest.mark.parametrize("positions", ["rope", "t5", "alibi"])
-def test_a_session_reads_an_int8_cache_as_the_blocks_do(positions, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *([] if EMULATED else ["int4"])])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(positions="rope", n_kv_head=2),
+        dict(positions="alibi", n_kv_head=2),
+        *([] if EMULATED else [dict(positions="t5", n_kv_head=2)]),
+        dict(positions="rope", n_head=2, n_kv_head=1, n_embd=128),  # the CUDA kernels have a width for each of these
+        dict(positions="none", n_head=1, n_layer=1, n_embd=128),
+        dict(positions="rope", n_head=1, n_layer=1, n_embd=200),
+        dict(positions="rope", n_head=2, n_layer=1, n_embd=44),  # rows at odd addresses
+    ],
+    ids=str,
+)
+def test_a_session_reads_an_int8_cache_as_the_blocks_do(shape, dtype):
     """The same bits as from the model's own modules over such a cache, and near those without quantisation."""
-    model = make(positions=positions, n_kv_head=2, block_size=90)
+    model = make(block_size=90, **shape)
     if dtype == "bfloat16":
         model = model.to(torch.bfloat16)
     ids, pieces = random_ids(2, 80), [9, 1, 40, 1, 1, 20, 8]
@@ -145,12 +159,17 @@ def test_a_session_reads_an_int8_cache_as_the_blocks_do(positions, dtype):
     got = torch.stack([session.prefill(piece) for piece in ids.split(pieces, 1)], 1)
     plain = model.session(dtype=dtype, batch=2)
     exact = torch.stack([plain.prefill(piece) for piece in ids.split(pieces, 1)], 1)
-    assert not torch.equal(got, exact) and (got - exact).abs().max() < 0.05 * exact.abs().max()
+    most = 0.05 if model.config.n_embd < 100 else 0.1  # wide heads of such weights have scores of hundreds
+    assert not torch.equal(got, exact) and (got - exact).abs().max() < most * exact.abs().max()
     if dtype == "int4":
         return
-    cache = KVCache(2, 2, 2, 90, 4, torch.int8)
+    k = session.cache.k
+    cache = KVCache(k.shape[0], 2, k.shape[2], 90, k.shape[-1], torch.int8)
     with torch.no_grad():
         blocks = torch.stack([model.logits(model.hidden(piece, cache))[:, -1] for piece in ids.split(pieces, 1)], 1)
+    if EMULATED:  # there the blocks read keys that were put together from the cache, and rounded, before
+        assert (got - blocks).abs().max() < (1e-5 if dtype == "float32" else 0.03) * blocks.abs().max()
+        return
     assert torch.equal(got, blocks)
     assert torch.equal(session.cache.k, cache.k) and torch.equal(session.cache.v_scale, cache.v_scale)
 

@@ -350,11 +350,8 @@ __global__ void __launch_bounds__(BackwardTiles<T, kD, kN>::kThreads, 1)
               *to = dq[i][c][r];
           }
     }
-    if (partial) {
-      __syncthreads();
-      if (threadIdx.x < kM / 32)
-        shared.strange_queries[threadIdx.x] = shared.strange_dout[threadIdx.x] = 0;
-    }
+    if (partial && threadIdx.x < kM / 32)  // they have been read before ds was there
+      shared.strange_queries[threadIdx.x] = shared.strange_dout[threadIdx.x] = 0;
     if (kStages == 1) {
       __syncthreads();  // the queries have been read
       if (there()) fetch_queries(shared.stage[0]);

@@ -128,10 +128,9 @@ __device__ __forceinline__ void find_strange(const Tile<T, kRows, kWidth>& tile,
   }
 }
 
-// Makes the numbers of the tile 0 that are not finite, between two barriers of its own.
+// Makes the numbers of the tile 0 that are not finite. A barrier must stand before; one ends it.
 template <int kThreads, class T, int kRows, int kWidth>
 __device__ __forceinline__ void replace_strange(Tile<T, kRows, kWidth>& tile) {
-  __syncthreads();
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kWidth; i += kThreads)
     if (!is_finite(tile.of[i])) tile.of[i] = T{};

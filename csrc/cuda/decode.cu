@@ -41,29 +41,47 @@ AttentionInputs inputs_of(const DecodeForward& op) {
 
 // How many rows a block takes: of halves so many that their sums fill the registers, or 16.
 template <class T>
-int rows_of_block(int64_t rows, int64_t width) {
+int rows_of_block(int64_t rows, int64_t width, bool int8) {
   if constexpr (!kHalf<T>) return kPlainRows<T>;
-  return rows <= kTile || width > 128 ? kTile : width > 64 ? 2 * kTile : 4 * kTile;
+  return int8 || rows <= kTile || width > 128 ? kTile : width > 64 ? 2 * kTile : 4 * kTile;
 }
 
-template <int kWidth, int kTiles, class T>
+template <int kWidth, int kTiles, bool kInt8 = false, class T>
 void attend_halves(const Decode<T>& a, Stream stream) {
-  static_assert(sizeof(HalvesShared<T, kWidth, kTiles>) <= kBlockShared);
-  launch(kOp, decode_halves<T, kWidth, kTiles>,
+  using Shared = HalvesShared<T, kWidth, kTiles, kInt8>;
+  static_assert(sizeof(Shared) <= kBlockShared);
+  launch(kOp, decode_halves<T, kWidth, kTiles, kInt8>,
          Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
               .threads = dim3(DecodeShape<kWidth, kTiles>::kThreads),
-              .shared = sizeof(HalvesShared<T, kWidth, kTiles>)},
+              .shared = sizeof(Shared)},
+         stream, a);
+}
+
+template <bool kInt8, class T>
+void attend_plain(const Decode<T>& a, Stream stream) {
+  launch(kOp, decode_plain<T, kInt8>,
+         Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
+              .threads = dim3(kPlainWarps * kWarp),
+              .shared = sizeof(PlainDecodeShared<T>)},
          stream, a);
 }
 
 template <class T>
-void attend(const Decode<T>& a, int64_t width, int rows, Stream stream) {
+void attend_int8(const Decode<T>& a, int64_t width, Stream stream) {
   if constexpr (!kHalf<T>)
-    launch(kOp, decode_plain<T>,
-           Grid{.blocks = dim3(int64_t(a.tasks) * a.splits),
-                .threads = dim3(kPlainWarps * kWarp),
-                .shared = sizeof(PlainDecodeShared<T>)},
-           stream, a);
+    attend_plain<true>(a, stream);
+  else if (width > 128)
+    attend_halves<256, 1, true>(a, stream);
+  else
+    width > 64 ? attend_halves<128, 1, true>(a, stream) : attend_halves<64, 1, true>(a, stream);
+}
+
+template <class T>
+void attend(const Decode<T>& a, int64_t width, int rows, Stream stream) {
+  if constexpr (kTakesInt8<T>)
+    if (a.k_scale.data) return attend_int8(a, width, stream);
+  if constexpr (!kHalf<T>)
+    attend_plain<false>(a, stream);
   else if (width > 128)
     attend_halves<256, 1>(a, stream);
   else if (width > 64)
@@ -80,7 +98,7 @@ void run(const DecodeForward& op, Stream stream) {
   const int64_t G = op.k_cache.size[1], E = op.v_cache.size[3];
   const int64_t slots = op.k_cache.size[2] * (op.block_table.given ? op.block_table.size[1] : 1);
   const int64_t rows = G == 0 ? 0 : H / G * queries, width = D > E ? D : E;
-  const int most_rows = rows_of_block<T>(rows, width);
+  const int most_rows = rows_of_block<T>(rows, width, op.k_scale.given);
   const int64_t row_blocks = ceil_div(rows, most_rows);
   const int64_t tasks = B * G * row_blocks, most = int64_t{1} << 30;
   PYKERN_CHECK(value, D <= kMostHeadSize && E <= kMostHeadSize, kOp, ": head sizes ", D, " and ", E,
@@ -93,11 +111,14 @@ void run(const DecodeForward& op, Stream stream) {
   a.scores = scores_of<T>(inputs_of(op), {});
   a.q = head_rows<const T>(op.q);
   a.k = head_rows<const T>(op.k_cache), a.v = head_rows<const T>(op.v_cache);
+  a.k_scale = row_scales(op.k_scale), a.v_scale = row_scales(op.v_scale);
   a.out = head_rows<T>(op.out), a.lse = stats_of(op.lse);
   a.slots = slots_of(op), a.padding = lengths_of(op.cache_leftpad);
   a.G = static_cast<int>(G), a.rows = static_cast<int>(rows);
   a.row_blocks = static_cast<int>(row_blocks), a.tasks = static_cast<int>(tasks);
-  a.k_vectors = takes_packs<T>(op.k_cache), a.v_vectors = takes_packs<T>(op.v_cache);
+  // numbers of a cache that are moved at a time: 16 bytes, or what a pack of floats is made of
+  const int words = !op.k_scale.given ? kPack<T> : kHalf<T> ? 16 : W;
+  a.k_vectors = takes_words(op.k_cache, words), a.v_vectors = takes_words(op.v_cache, words);
   a.out_vectors = takes_words(op.out, W), a.q_pairs = takes_words(op.q, 2);
   a.width = static_cast<int>(E < 1 ? W : ceil_div(E, W) * W);
   a.partial_rows = static_cast<int>(rows < most_rows ? rows : most_rows);

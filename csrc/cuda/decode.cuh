@@ -62,6 +62,29 @@ inline Lengths lengths_of(const Tensor& t) {
   return {t.given ? static_cast<const int32_t*>(t.data) : nullptr, t.stride[0]};
 }
 
+// Of int8 caches: a float for each row, [pages, G, page]. The row is its numbers times that.
+struct RowScales {
+  float* data = nullptr;
+  int64_t page = 0, head = 0, slot = 0;
+
+  __device__ __forceinline__ float& at(int64_t batch, int g, int row) const {
+    return data[batch * page + g * head + row * slot];
+  }
+};
+inline RowScales row_scales(const Tensor& t) {
+  if (!t.given) return {};
+  return {static_cast<float*>(t.data), t.stride[0], t.stride[1], t.stride[2]};
+}
+// What is computed of int8 caches: the dtypes of a session
+template <class T>
+constexpr bool kTakesInt8 = std::is_same_v<T, float> || std::is_same_v<T, bf16>;
+// A row of such a cache
+template <class T>
+__device__ __forceinline__ const int8_t* int8_row(const HeadRows<T>& rows, int64_t batch, int g,
+                                                  int row) {
+  return reinterpret_cast<const int8_t*>(rows.data) + (rows.at(batch, g, row) - rows.data);
+}
+
 // The kernel before the attention: new keys and values go to their slots, rotated queries to
 // `rotated` [B, H, T, D], rows `rotated_row` apart. Each sequence is looked at first: keys[b] is
 // how many it holds then, or -1 if a length, page or position is out of range; then nothing of it
@@ -82,6 +105,7 @@ struct Decode {
   HeadRows<const T> q, k, v;
   HeadRows<T> out;
   Stats lse;
+  RowScales k_scale, v_scale;
   Slots slots;
   Lengths padding;
   const int* keys;        // of each sequence; -1: its rows are NaN

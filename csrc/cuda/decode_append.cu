@@ -15,6 +15,7 @@ template <class T>
 struct Append {
   HeadRows<const T> q, k, v;
   HeadRows<T> rotated, k_cache, v_cache;
+  RowScales k_scale, v_scale;
   Slots slots;
   Lengths lengths, padding;
   Numbers<T> cos, sin;
@@ -71,15 +72,56 @@ __device__ __forceinline__ void copy_pack(const T* from, T* to, int64_t valid, b
   }
 }
 
-template <class T, bool interleaved>
+// A warp stores new row n of key head g as int8, q = x / scale to the nearest integer with scale =
+// max |x| / 127; where a number is not finite, the row that is read is NaN.
+template <class T>
+__device__ __forceinline__ void store_int8(const Append<T>& a, int b, int g, int n, bool value,
+                                           int position, const Slots::At& at) {
+  using C = Compute<T>;
+  constexpr int kEach = static_cast<int>(kMostHeadSize) / kWarp;
+  const int width = value ? a.E : a.D;
+  const T* x = (value ? a.v : a.k).at(b, g, n);
+  C y[kEach];
+  float most = 0;
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int d = i * kWarp + threadIdx.x % kWarp;
+    y[i] = d < width ? widen(x[d]) : C(0);
+    if (!value && d < 2 * a.half) {
+      const int pair = d < a.half ? d : d - a.half;
+      C c[1], s[1];
+      a.cos.load(position * a.cos_row + pair, 1, false, c);
+      a.sin.load(position * a.sin_row + pair, 1, false, s);
+      const C left = widen(x[pair]), right = widen(x[a.half + pair]);
+      y[i] = widen(
+          narrow<T>(d < a.half ? fma(left, c[0], -(right * s[0])) : fma(right, c[0], left * s[0])));
+    }
+    const float size = fabsf(static_cast<float>(y[i]));
+    finite = finite && size < INFINITY;
+    most = fmaxf(most, size);
+  }
+  finite = __all_sync(kAllLanes, finite);
+  const float scale = finite ? across_lanes<kWarp>(most, Larger{}) / 127.0f : NAN;
+  int8_t* to = const_cast<int8_t*>(int8_row(value ? a.v_cache : a.k_cache, at.batch, g, at.row));
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int d = i * kWarp + threadIdx.x % kWarp;
+    if (d < width)
+      to[d] = scale > 0 ? static_cast<int8_t>(rintf(static_cast<float>(y[i]) / scale)) : int8_t{0};
+  }
+  if (threadIdx.x % kWarp == 0) (value ? a.v_scale : a.k_scale).at(at.batch, g, at.row) = scale;
+}
+
+template <class T, bool interleaved, bool kInt8>
 __global__ void __launch_bounds__(kAppendThreads) decode_append(const Append<T> a) {
   using C = Compute<T>;
   constexpr int W = kPack<T>;
   auto& shared = shared_memory<AppendShared>();
   const int pair_packs = (a.half + W - 1) / W;
   const int packs = pair_packs + (a.D - 2 * a.half + W - 1) / W, v_packs = (a.E + W - 1) / W;
-  const int64_t k_items = int64_t(a.G) * a.added * packs;
-  const int64_t v_end = k_items + int64_t(a.G) * a.added * v_packs;
+  const int64_t rows = int64_t(a.G) * a.added;  // of the keys, and of the values
+  const int64_t k_items = kInt8 ? 0 : rows * packs, v_end = kInt8 ? 0 : rows * (packs + v_packs);
   const int64_t items = v_end + (a.rotates ? int64_t(a.H) * a.queries * packs : 0);
   const auto turned = [&](const T* from, T* to, int position, int pack, bool vectors) {
     if (pack >= pair_packs) {
@@ -122,6 +164,14 @@ __global__ void __launch_bounds__(kAppendThreads) decode_append(const Append<T> 
       else
         turned(a.k.at(b, g, n), a.k_cache.at(at.batch, g, at.row), old + n, pack, a.k_vectors);
     }
+    if constexpr (kInt8) {
+      constexpr int kWarps = kAppendThreads / kWarp;
+      for (int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; i < 2 * rows;
+           i += int64_t(gridDim.x) * kWarps) {
+        const int g = static_cast<int>(i / 2 / a.added), n = static_cast<int>(i / 2 % a.added);
+        store_int8(a, b, g, n, i % 2 != 0, old + n, a.slots.at(b, padding + old + n));
+      }
+    }
   }
 }
 
@@ -144,6 +194,8 @@ void append(const DecodeForward& op, const Appended& to, Stream stream) {
                             steps * to.rotated_row, to.rotated_row},
                 .k_cache = head_rows<T>(op.k_cache),
                 .v_cache = head_rows<T>(op.v_cache),
+                .k_scale = row_scales(op.k_scale),
+                .v_scale = row_scales(op.v_scale),
                 .slots = slots_of(op),
                 .lengths = lengths_of(op.cache_seqlens),
                 .padding = lengths_of(op.cache_leftpad),
@@ -177,9 +229,12 @@ void append(const DecodeForward& op, const Appended& to, Stream stream) {
                                    B < kMostSequences ? B : kMostSequences),
                     .threads = dim3(kAppendThreads),
                     .shared = sizeof(AppendShared)};
-    launch("attention_with_kvcache",
-           op.rotary_interleaved ? decode_append<T, true> : decode_append<T, false>, grid, stream,
-           a);
+    const auto start = [&](auto kernel) {
+      launch("attention_with_kvcache", kernel, grid, stream, a);
+    };
+    if constexpr (kTakesInt8<T>)
+      if (op.k_scale.given) return start(decode_append<T, false, true>);
+    start(op.rotary_interleaved ? decode_append<T, true, false> : decode_append<T, false, false>);
   });
 }
 

@@ -4,12 +4,9 @@
 //
 //   s [rows, 16 keys] = q k^T     o [rows, E] += p v
 #pragma once
-#include "cuda/decode.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/decode_ring.cuh"
 
 namespace pykern::cuda {
-
-constexpr int kTile = 16;  // rows of a tile, and keys: those of one mma
 
 // Heads up to kWidth, kTiles tiles of rows. More rows at a time read the keys less often, but their
 // sums are all the registers that there are for them: 256 numbers a row of lanes, and the queries
@@ -24,64 +21,20 @@ struct DecodeShape {
   static constexpr int kThreads = kWarps * kWarp;
 };
 
-template <class T, int kWidth, int kTiles>
+template <class T, int kWidth, int kTiles, bool kInt8>
 struct HalvesShared {
   using Shape = DecodeShape<kWidth, kTiles>;
   using Sums = WarpSums<float, Shape::kRows, kWidth>;
-  struct Stage {
-    T k[kTile * kWidth], v[kTile * kWidth];
-  };
+  using Ring = std::conditional_t<kInt8, Int8Ring<T, kWidth, Shape::kStages>,
+                                  HalvesRing<T, kWidth, Shape::kStages>>;
   union alignas(128) OfWarp {
-    Stage stage[Shape::kStages];
+    typename Ring::Memory ring;
     Sums sums;
   };
   OfWarp warp[Shape::kWarps];
   uint4 queries[Shape::kFull ? kTiles * kWidth / kTile * kWarp : 1];  // fragments
   BlockShared block;
 };
-
-// Lines of 16-byte chunks, permuted so that eight that ldmatrix reads at once are in different
-// banks.
-template <int kWidth>
-__device__ __forceinline__ int in_tile(int key, int chunk) {
-  return key * kWidth + (chunk ^ key % 8) * kChunk;
-}
-
-// A warp asks for the keys and values of a tile; behind `end`, and up to the next 16 columns, 0.
-template <int kWidth, class T, class Stage>
-__device__ __forceinline__ void fetch_tile(const Decode<T>& a, const Task& task, int padding,
-                                           int first, int end, Stage& stage) {
-  constexpr int kChunks = kWidth / kChunk, kTogether = kWarp / kChunks;
-  const int lane = threadIdx.x % kWarp, chunk = lane % kChunks, column = chunk * kChunk;
-  const int D = a.scores.D, E = a.scores.E;
-  const auto valid = [&](int width) {
-    return width <= column ? 0 : width - column < kChunk ? width - column : kChunk;
-  };
-  const int k_valid = valid(D), v_valid = valid(E);
-  const bool k_wanted = column < (D + kTile - 1) / kTile * kTile,
-             v_wanted = column < (E + kTile - 1) / kTile * kTile;
-  const auto move = [&](const T* from, T* to, int there, bool vectors) {
-    if (vectors) {
-      cp_async16(to, from, there * static_cast<int>(sizeof(T)));
-    } else {
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) to[j] = j < there ? from[j] : T{};
-    }
-  };
-  const Slots::At start = a.slots.at(task.b, padding + first);
-  const bool together = a.slots.together(start, kTile);
-#pragma unroll
-  for (int i = 0; i < kTile; i += kTogether) {
-    const int key = i + lane / kChunks;
-    const bool there = first + key < end;
-    Slots::At at{start.batch, start.row + key};
-    if (!together && there) at = a.slots.at(task.b, padding + first + key);
-    const T* k = there ? a.k.at(at.batch, task.g, at.row) + column : a.k.data;
-    const T* v = there ? a.v.at(at.batch, task.g, at.row) + column : a.v.data;
-    if (k_wanted) move(k, stage.k + in_tile<kWidth>(key, chunk), there ? k_valid : 0, a.k_vectors);
-    if (v_wanted) move(v, stage.v + in_tile<kWidth>(key, chunk), there ? v_valid : 0, a.v_vectors);
-  }
-}
 
 // Queries d and d + 1 of a row
 template <class T>
@@ -95,8 +48,8 @@ __device__ __forceinline__ uint32_t query_pair(const T* q, int d, int D, bool pa
 // of 8 columns two neighbours each.
 template <class T, int kWidth, int kTiles>
 class HalvesSums {
-  using Shared = HalvesShared<T, kWidth, kTiles>;
-  using Stage = typename Shared::Stage;
+  using Stage = KeyTile<T, kWidth>;
+  using Sums = WarpSums<float, kTile * kTiles, kWidth>;
   static constexpr int kSteps = kWidth / kTile;
 
  public:
@@ -111,9 +64,11 @@ class HalvesSums {
       for (int r = 0; r < 2; ++r) m_[i][r] = -INFINITY, l_[i][r] = 0;
   }
 
-  // Adds the tile at key `first`; query(i, k, fragment) of tile i of rows and step k.
-  template <class Query>
-  __device__ __forceinline__ void add(const Stage& stage, int first, const Query& query) {
+  // Adds the tile at key `first`; query(i, k, fragment) of tile i of rows and step k; scales of the
+  // keys and values, see decode_ring.cuh.
+  template <class Query, class Scales>
+  __device__ __forceinline__ void add(const Stage& stage, int first, const Query& query,
+                                      const Scales& scales) {
     const int lane = threadIdx.x % kWarp;
     const bool whole = first >= all_from_ && first + kTile <= all_to_;
     float p[kTiles][2][4] = {};
@@ -133,7 +88,7 @@ class HalvesSums {
     each_tile([&](int i) {
       float rescale[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) rescale[r] = weigh(p[i], i, r, first, whole);
+      for (int r = 0; r < 2; ++r) rescale[r] = weigh(p[i], i, r, first, whole, scales);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
         weights[i][j] = rounded_pair<T>(p[i][j / 2][j % 2 * 2], p[i][j / 2][j % 2 * 2 + 1]);
@@ -176,7 +131,7 @@ class HalvesSums {
     if (odd) each_tile([&](int i) { add_odd(stage, first, i, weights[i]); });
   }
 
-  __device__ __forceinline__ void leave(typename Shared::Sums& to) const {
+  __device__ __forceinline__ void leave(Sums& to) const {
     const int lane = threadIdx.x % kWarp;
     each_tile([&](int i) {
 #pragma unroll
@@ -207,7 +162,9 @@ class HalvesSums {
   }
 
   // Products with half r of a tile become weights; returns the factor of what came before.
-  __device__ __forceinline__ float weigh(float (&p)[2][4], int i, int r, int first, bool whole) {
+  template <class Scales>
+  __device__ __forceinline__ float weigh(float (&p)[2][4], int i, int r, int first, bool whole,
+                                         const Scales& scales) {
     const int lane = threadIdx.x % kWarp;
     const auto each = [&](const auto& body) {
 #pragma unroll
@@ -215,6 +172,7 @@ class HalvesSums {
 #pragma unroll
         for (int c = 0; c < 2; ++c) body(p[n][2 * r + c], first + 8 * n + lane % 4 * 2 + c);
     };
+    scales.of_keys([&](int n, int c, float scale) { p[n][2 * r + c] *= scale; });
     if (a_.scores.plain()) {
       each([&](float& x, int) { x *= a_.scores.scale; });
     } else {
@@ -236,6 +194,10 @@ class HalvesSums {
     each([&](float& x, int) { sum += x = power2(x - base); });
     l_[i][r] = fma(l_[i][r], rescale, sum);
     m_[i][r] = m;
+    scales.of_values([&](int n, int c, float scale) {
+      float& x = p[n][2 * r + c];
+      x = !whole && x == 0 ? 0 : x * scale;  // a key that is not seen may have a scale of NaN
+    });
     return rescale;
   }
 
@@ -284,12 +246,13 @@ class HalvesSums {
   const int all_from_, all_to_;        // the keys that all rows see
 };
 
-template <class T, int kWidth, int kTiles>
+template <class T, int kWidth, int kTiles, bool kInt8>
 __global__ void __launch_bounds__(DecodeShape<kWidth, kTiles>::kThreads, 2)
     decode_halves(const Decode<T> a) {
   using Shape = DecodeShape<kWidth, kTiles>;
+  using Shared = HalvesShared<T, kWidth, kTiles, kInt8>;
   constexpr int kWarps = Shape::kWarps, kStages = Shape::kStages, kSteps = kWidth / kTile;
-  auto& shared = shared_memory<HalvesShared<T, kWidth, kTiles>>();
+  auto& shared = shared_memory<Shared>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int split = blockIdx.x / a.tasks;
   const Task task(a, blockIdx.x - split * a.tasks, Shape::kRows);
@@ -340,8 +303,9 @@ __global__ void __launch_bounds__(DecodeShape<kWidth, kTiles>::kThreads, 2)
     const int tile = begin / kTile;
     const int start = (tile + (warp + kWarps - tile % kWarps) % kWarps) * kTile;
     HalvesSums<T, kWidth, kTiles> sums(a, task);
+    typename Shared::Ring ring(a, task, padding, own.ring);
     const auto fetch = [&](int first, int stage) {
-      if (first < end) fetch_tile<kWidth>(a, task, padding, first, end, own.stage[stage]);
+      ring.fetch(first, end, stage);
       cp_async_commit();
     };
 #pragma unroll
@@ -351,7 +315,8 @@ __global__ void __launch_bounds__(DecodeShape<kWidth, kTiles>::kThreads, 2)
       cp_async_wait<kStages - 2>();
       __syncwarp();  // the tile is there for all lanes, and all have read the one before
       fetch(first + (kStages - 1) * kStep, stage == 0 ? kStages - 1 : stage - 1);
-      sums.add(own.stage[stage], first, query);
+      const auto& tile = ring.tile(stage);
+      sums.add(tile, first, query, ring.scales());
       stage = stage == kStages - 1 ? 0 : stage + 1;
     }
     cp_async_wait<0>();

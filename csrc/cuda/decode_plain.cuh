@@ -1,6 +1,6 @@
 // Decode of float and double as they are: a block has a few rows of a key head and a part of its
 // keys, a warp every fourth tile of 32 keys. For the scores lanes are keys, each reads a row; for
-// the sums lanes are columns of the values.
+// the sums lanes are columns of the values. Numbers of an int8 cache are widened as they are read.
 #pragma once
 #include "cuda/decode.cuh"
 
@@ -24,8 +24,23 @@ struct PlainDecodeShared {
   BlockShared block;
 };
 
-template <class T>
+// W numbers of an int8 row, as load()
+template <int W, class T>
+__device__ __forceinline__ void load_int8(const int8_t* p, int valid, bool vectors, T (&v)[W]) {
+  Pack<int8_t, W> pack;
+  if constexpr (W % 4 == 0) {
+    read(p, valid, vectors, pack);
+  } else {
+#pragma unroll
+    for (int j = 0; j < W; ++j) pack.of[j] = j < valid ? p[j] : int8_t{0};
+  }
+#pragma unroll
+  for (int j = 0; j < W; ++j) v[j] = static_cast<T>(pack.of[j]);
+}
+
+template <class T, bool kInt8>
 __global__ void __launch_bounds__(kPlainWarps* kWarp, 2) decode_plain(const Decode<T> a) {
+  using S = std::conditional_t<kInt8, int8_t, T>;  // of the cache
   constexpr int W = kPack<T>, R = kPlainRows<T>, kColumns = kMostWidth / (kWarp * W);
   auto& shared = shared_memory<PlainDecodeShared<T>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -46,22 +61,35 @@ __global__ void __launch_bounds__(kPlainWarps* kWarp, 2) decode_plain(const Deco
     constexpr int kStep = kPlainWarps * kWarp;
     const int number = begin / kWarp;  // tiles are dealt by their place
     const int start = (number + (warp + kPlainWarps - number % kPlainWarps) % kPlainWarps) * kWarp;
+    const auto row_of = [&](const HeadRows<const T>& rows, const Slots::At& at) {
+      if constexpr (kInt8)
+        return int8_row(rows, at.batch, task.g, at.row);
+      else
+        return rows.at(at.batch, task.g, at.row);
+    };
+    const auto load_row = [&](const S* from, int valid, bool vectors, T(&to)[W]) {
+      if constexpr (kInt8)
+        load_int8(from, valid, vectors, to);
+      else
+        load(from, valid, vectors, to);
+    };
+    const S* const values = reinterpret_cast<const S*>(a.v.data);
     T m[R], l[R], o[R][kColumns][W] = {};
 #pragma unroll
     for (int r = 0; r < R; ++r) m[r] = -INFINITY, l[r] = 0;
     for (int first = start; first < end; first += kStep) {
       const int key = first + lane;
       const bool there = key >= begin && key < end;
-      T s[R] = {};
+      T s[R] = {}, v_scale = 1;
       if (there) {
         const Slots::At at = a.slots.at(task.b, padding + key);
-        const T* k = a.k.at(at.batch, task.g, at.row);
-        tile.v[lane] = a.v.at(at.batch, task.g, at.row) - a.v.data;
+        const S* k = row_of(a.k, at);
+        tile.v[lane] = row_of(a.v, at) - values;
         T sums[R][W] = {};
 #pragma unroll 2
         for (int d = 0; d < D; d += W) {
           T number[W];
-          load(k + d, D - d, a.k_vectors, number);
+          load_row(k + d, D - d, a.k_vectors, number);
 #pragma unroll
           for (int r = 0; r < R; ++r) {
             T q[W];
@@ -72,6 +100,12 @@ __global__ void __launch_bounds__(kPlainWarps* kWarp, 2) decode_plain(const Deco
         }
 #pragma unroll
         for (int r = 0; r < R; ++r) s[r] = added(sums[r]);
+        if constexpr (kInt8) {
+          const T k_scale = a.k_scale.at(at.batch, task.g, at.row);
+          v_scale = a.v_scale.at(at.batch, task.g, at.row);
+#pragma unroll
+          for (int r = 0; r < R; ++r) s[r] *= k_scale;
+        }
       }
       T rescale[R];
 #pragma unroll
@@ -90,7 +124,7 @@ __global__ void __launch_bounds__(kPlainWarps* kWarp, 2) decode_plain(const Deco
         const T p = power2(y - base);
         l[r] = fma(l[r], rescale[r], p);
         m[r] = top;
-        tile.p[lane][r] = seen ? p : T(-1);
+        tile.p[lane][r] = seen ? p * v_scale : T(-1);
       }
 #pragma unroll
       for (int r = 0; r < R; ++r)
@@ -102,7 +136,7 @@ __global__ void __launch_bounds__(kPlainWarps* kWarp, 2) decode_plain(const Deco
       const int last = end - first < kWarp ? end - first : kWarp;
 #pragma unroll 2
       for (int i = begin > first ? begin - first : 0; i < last; ++i) {
-        const T* v = a.v.data + tile.v[i];
+        const S* v = values + tile.v[i];
         T p[R];
         load(tile.p[i], R, true, p);
 #pragma unroll
@@ -110,7 +144,7 @@ __global__ void __launch_bounds__(kPlainWarps* kWarp, 2) decode_plain(const Deco
           const int column = (c * kWarp + lane) * W;
           if (column >= E) break;
           T number[W];
-          load(v + column, E - column, a.v_vectors, number);
+          load_row(v + column, E - column, a.v_vectors, number);
 #pragma unroll
           for (int r = 0; r < R; ++r)
             if (!(p[r] < 0))  // 0 times infinity would be NaN

@@ -309,6 +309,7 @@ class Steps {
       op.v = heads_of(qkv_, Q_, first, H + G, G, count, n);
       op.out = heads_of(y_, E_, first, 0, H, count, n);
       op.k_cache = layer.k_cache, op.v_cache = layer.v_cache;
+      op.k_scale = layer.k_scale, op.v_scale = layer.v_scale;
       op.cache_seqlens = c.vector(texts_.lengths + s * int64_t(sizeof(int32_t)), DType::i32, count);
       op.block_table =
           c.vector(texts_.table + s * texts_.pages * int64_t(sizeof(int32_t)), DType::i32, count);
@@ -335,7 +336,6 @@ class Steps {
 
 void require_kernels(const LmModel& m) {
   PYKERN_CHECK(value, !m.distance_bias.given, kOp, ": distance_bias has no CUDA kernel yet");
-  PYKERN_CHECK(value, !m.layers[0].k_scale.given, kOp, ": int8 caches have no CUDA kernel yet");
 }
 
 }  // namespace

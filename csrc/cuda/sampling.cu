@@ -177,8 +177,7 @@ __device__ __forceinline__ int64_t chosen(const ChoiceRows<T>& a, int64_t b, Cho
     const double far = most - behind[i];
     behind[i] = far;
     weight[i] = static_cast<Mass>(exp(-far / o.temperature) * unit);
-  }
-  __syncthreads();
+  }  // here and below a thread reads none but its own
   const auto distance = [&](int64_t i) { return behind[i]; };
   const auto id = [](int64_t i) { return static_cast<double>(i); };
   const double random =

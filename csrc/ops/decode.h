@@ -22,9 +22,10 @@ struct DecodeForward {
   Tensor k, v;
   Tensor cache_seqlens, cache_leftpad;  // int32 [B], in slots
   Tensor rotary_cos, rotary_sin;
-  Tensor block_table;   // int32 [B, n]
-  Tensor alibi_slopes;  // float32, expanded to [B, H]
-  Tensor sinks;         // [H]
+  Tensor block_table;       // int32 [B, n]
+  Tensor alibi_slopes;      // float32, expanded to [B, H]
+  Tensor sinks;             // [H]
+  Tensor k_scale, v_scale;  // of lm_step's int8 caches, see there
   Tensor out, lse;
   int64_t left = -1, right = -1;  // -1: unlimited
   double scale = 1, softcap = 0;

@@ -42,7 +42,7 @@ inline void __syncthreads(emulation::Where where = emulation::Where::current()) 
 }
 inline void __syncwarp(unsigned mask = ~0u, emulation::Where where = emulation::Where::current()) {
   if (mask != ~0u) throw emulation::Fault("__syncwarp of a part of a warp");
-  emulation::exchange({}, where);
+  emulation::warp_barrier(where);
 }
 
 namespace emulation {

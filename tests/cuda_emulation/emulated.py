@@ -19,11 +19,33 @@ def load(path):
     return module
 
 
+library = ctypes.CDLL(os.environ["PYKERN_EMULATED"])
+library.emulation_seen.restype = ctypes.c_char_p
+
+
 def counts():
     """Launches and blocks so far."""
     counted = (ctypes.c_uint64 * 2)()
-    ctypes.CDLL(os.environ["PYKERN_EMULATED"]).emulation_counts(counted)
+    library.emulation_counts(counted)
     return list(counted)
+
+
+def set_seed(seed):
+    """Of the order in which threads run."""
+    library.emulation_seed(ctypes.c_uint64(seed))
+
+
+def sites_of(function):
+    """The barriers and waits that kernels come to in function(): "norm.cu:31 barrier"."""
+    library.emulation_watch(True)
+    function()
+    library.emulation_watch(False)
+    return library.emulation_seen().decode().splitlines()
+
+
+def leave_out(site):
+    """As if that barrier or wait were not there; None puts it back."""
+    library.emulation_leave_out((site or "").encode())
 
 
 load(os.environ["PYKERN_EMULATED"])

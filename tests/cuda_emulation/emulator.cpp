@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <utility>
 #include <vector>
@@ -112,6 +113,10 @@ struct Machine {
                       ? std::strtoull(std::getenv("PYKERN_EMULATION_SEED"), nullptr, 10)
                       : 1;
   Counts counts{};
+  bool watching = false;
+  std::set<std::string> sites;
+  std::string left_out;
+  unsigned left_out_line = 0;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_size = 0;
 };
@@ -156,6 +161,14 @@ std::string place(Where where) {
   std::ostringstream text;
   text << (slash ? slash + 1 : where.file_name()) << ":" << where.line();
   return text.str();
+}
+
+// Notes a barrier or wait; whether it is left out.
+bool left_out(const char* kind, Where where) {
+  Machine& m = machine();
+  if (!m.watching && m.left_out.empty()) return false;
+  if (m.watching) m.sites.insert(place(where) + " " + kind);
+  return where.line() == m.left_out_line && place(where) + " " + kind == m.left_out;
 }
 
 bool same(Where a, Where b) {
@@ -311,7 +324,13 @@ bool is_shared(const void* p) {
   return p >= m.shared_end - m.shared_bytes && p < m.shared_end;
 }
 
-void block_barrier(Where where) { meet(machine().block, machine().live, where); }
+void block_barrier(Where where) {
+  if (!left_out("barrier", where)) meet(machine().block, machine().live, where);
+}
+
+void warp_barrier(Where where) {
+  if (!left_out("warp barrier", where)) exchange({}, where);
+}
 
 const Deposit* exchange(const Deposit& own, Where where) {
   Machine& m = machine();
@@ -338,7 +357,8 @@ void commit_copies() {
   fiber.open.clear();
 }
 
-void await_copies(int pending) {
+void await_copies(int pending, Where where) {
+  if (left_out("wait", where)) return;
   auto& groups = machine().current->groups;
   for (; static_cast<int>(groups.size()) > pending; groups.pop_front())
     for (const Copy& copy : groups.front()) {
@@ -380,6 +400,21 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
 }
 
 void set_seed(uint64_t seed) { machine().seed = seed; }
+
+void watch(bool on) {
+  machine().watching = on;
+  if (on) machine().sites.clear();
+}
+std::string seen() {
+  std::string text;
+  for (const std::string& site : machine().sites) text += site + "\n";
+  return text;
+}
+void leave_out(const std::string& site) {
+  machine().left_out = site;
+  machine().left_out_line = site.empty() ? 0 : std::stoul(site.substr(site.find(':') + 1));
+}
+
 Counts counts() { return machine().counts; }
 
 }  // namespace emulation

@@ -12,6 +12,7 @@
 #include <functional>
 #include <source_location>
 #include <stdexcept>
+#include <string>
 
 namespace emulation {
 
@@ -38,6 +39,7 @@ bool is_shared(const void* p);
 // ---- meeting points
 
 void block_barrier(Where where);
+void warp_barrier(Where where);
 
 // Leaves four words, waits until the 32 threads of the warp have left theirs, and returns all of
 // them; they stay until the exchange after the next.
@@ -50,7 +52,7 @@ const Deposit* exchange(const Deposit& own, Where where);
 
 void copy_later(void* to, const void* from, int bytes, int valid);
 void commit_copies();
-void await_copies(int pending);
+void await_copies(int pending, Where where);
 
 // ---- launches
 
@@ -62,6 +64,14 @@ void run(const Launch& launch, const std::function<void()>& kernel);
 
 // A repeatable order for every seed; 0 is ascending. $PYKERN_EMULATION_SEED is the first one.
 void set_seed(uint64_t seed);
+
+// ---- faults on purpose: what a kernel without one of its barriers or waits would do
+
+// The barriers and waits that kernels have come to since watch(true), "norm.cu:31 barrier" each.
+void watch(bool on);
+std::string seen();
+// As if that one were not there; "" puts it back.
+void leave_out(const std::string& site);
 
 struct Counts {
   uint64_t launches, blocks, switches;

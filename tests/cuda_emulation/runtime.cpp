@@ -3,17 +3,30 @@
 #include "runtime/runtime.h"
 
 #include <cstdint>
+#include <string>
 
 #include "core/device.h"
 #include "core/error.h"
 #include "emulator.h"
 #include "ops/all.h"
 
-// For emulated.py: launches and blocks so far.
-extern "C" __attribute__((visibility("default"))) void emulation_counts(uint64_t* counted) {
+// ---- for emulated.py
+
+#define PYKERN_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Launches and blocks so far
+PYKERN_EXPORT void emulation_counts(uint64_t* counted) {
   counted[0] = emulation::counts().launches;
   counted[1] = emulation::counts().blocks;
 }
+PYKERN_EXPORT void emulation_seed(uint64_t seed) { emulation::set_seed(seed); }
+PYKERN_EXPORT void emulation_watch(bool on) { emulation::watch(on); }
+PYKERN_EXPORT const char* emulation_seen() {
+  static std::string text;
+  text = emulation::seen();
+  return text.c_str();
+}
+PYKERN_EXPORT void emulation_leave_out(const char* site) { emulation::leave_out(site); }
 
 namespace pykern {
 

@@ -87,8 +87,8 @@ inline void cp_async16(void* to, const void* from, int valid = 16) {
 }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int pending>
-void cp_async_wait() {
-  emulation::await_copies(pending);
+void cp_async_wait(emulation::Where where = emulation::Where::current()) {
+  emulation::await_copies(pending, where);
 }
 
 // ---- matrices of 8 x 8
