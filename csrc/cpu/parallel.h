@@ -3,8 +3,6 @@
 #pragma once
 #include <omp.h>
 
-#include <atomic>
-
 #include "core/tensor.h"
 #include "cpu/isa.h"
 
@@ -29,10 +27,11 @@ static inline void parallel_with_next(int64_t n, int threads, const Body& body) 
     for (int64_t i = 0; i < n; ++i) body(i, i + 1);
     return;
   }
-  std::atomic<int64_t> taken = 0;
+  int64_t taken = 0;
+  const auto take = [&] { return __atomic_fetch_add(&taken, 1, __ATOMIC_RELAXED); };
 #pragma omp parallel num_threads(threads)
-  for (int64_t i = taken++; i < n;) {
-    const int64_t next = taken++;
+  for (int64_t i = take(); i < n;) {
+    const int64_t next = take();
     body(i, next < n ? next : n);
     i = next;
   }
