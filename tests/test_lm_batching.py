@@ -4,7 +4,7 @@ import pytest
 import torch
 from lm_models import SHAPES, make, random_ids
 
-from pykern.lm import generate, speculate
+from pykern.lm import generate, sampling, speculate
 from pykern.lm.speculative import lookup
 
 
@@ -41,6 +41,25 @@ def test_requests_get_the_tokens_that_they_get_alone(shape, dtype):
     for number, prompt, option in zip(numbers, prompts, options, strict=True):
         alone = generate(model, prompt, dtype=dtype, **option)
         assert got[number] == alone[len(prompt) :].tolist()
+
+
+def test_equal_options_are_chosen_in_one_call(monkeypatch):
+    """Texts of different lengths under a repetition penalty, one greedy among them."""
+    choose, calls = sampling._choose, []
+    monkeypatch.setattr(
+        sampling, "_choose", lambda options, logits, *rest: calls.append(len(logits)) or choose(options, logits, *rest)
+    )
+    model = make()
+    prompts = [random_ids(n, seed=n) for n in (3, 9, 1, 6)]
+    options = [dict(max_new_tokens=5, seed=n, repetition_penalty=1.7) for n in range(3)] + [
+        dict(max_new_tokens=5, temperature=0.0)
+    ]
+    session = model.session(batch=4)
+    numbers = [session.submit(p, **o) for p, o in zip(prompts, options, strict=True)]
+    got = drain(session)
+    assert calls == [3, 1] * 5
+    for number, prompt, option in zip(numbers, prompts, options, strict=True):
+        assert got[number] == generate(model, prompt, **option)[len(prompt) :].tolist()
 
 
 def test_common_prefixes_are_read_once_and_change_nothing():

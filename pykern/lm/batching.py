@@ -1,5 +1,6 @@
 """Continuous batching: requests join and leave a running batch, each with the tokens that it would get alone."""
 
+import itertools
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pykern.lm.sampling import Sampler
+from pykern.lm.sampling import Sampler, choose_together
 
 if TYPE_CHECKING:
     from pykern.lm.session import Session
@@ -105,13 +106,15 @@ class Batcher:
         if not stepping:
             return []
         logits = self.session.extend(rows, [request.text for request in stepping])
-        progress = []
-        for request, row, own in zip(stepping, rows, logits, strict=True):
+        for request, row in zip(stepping, rows, strict=True):
             self.held[request.text] += row.tolist()
-            if len(self.held[request.text]) < len(request.tokens):
-                continue  # of a long prompt
-            history = torch.tensor([request.tokens], device=own.device)
-            token = int(request.sampler(own[None], history))
+        read = [len(self.held[request.text]) == len(request.tokens) for request in stepping]  # else: a long prompt
+        ready = list(itertools.compress(stepping, read))
+        if not all(read):
+            logits = logits[torch.tensor(read, device=logits.device)]
+        tokens = choose_together([r.sampler for r in ready], logits, [r.tokens for r in ready])
+        progress = []
+        for request, token in zip(ready, tokens, strict=True):
             request.tokens.append(token)
             progress.append(Progress(request.number, [token], request.finished))
         self.running = [request for request in self.running if not request.finished]

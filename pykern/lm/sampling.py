@@ -104,18 +104,45 @@ class Sampler:
 
         All on the device of the logits. ValueError for logits without a finite maximum.
         """
-        B, device = logits.shape[0], logits.device
+        B = logits.shape[0]
         if len(self.seeds) != B:
             raise ValueError(f"sampling: logits have {B} rows but the sampler {len(self.seeds)} streams")
-        ids = torch.empty(B, dtype=torch.int64, device=device)
-        counts = None if history is None else torch.full((B,), history.shape[1], dtype=torch.int64, device=device)
-        _C.sample(
-            logits if logits.stride(-1) == 1 else logits.contiguous(),
-            *(self.seeds.to(device), self.draws.to(device)),
-            *(None if history is None else history.contiguous(), counts, ids),
-            **self.options.arguments(),
-        )
-        if (ids < 0).any():
-            raise ValueError("sampling: logits have no finite maximum (NaN or infinity)")
+        counts = None if history is None else torch.full((B,), history.shape[1], dtype=torch.int64)
+        ids = _choose(self.options, logits, self.seeds, self.draws, history, counts)
         self.draws += 1
         return ids
+
+
+def _choose(
+    options: Sampling, logits: Tensor, seeds: Tensor, draws: Tensor, history: Tensor | None, counts: Tensor | None
+) -> Tensor:
+    device = logits.device
+    ids = torch.empty(logits.shape[0], dtype=torch.int64, device=device)
+    there = [None if x is None else x.to(device).contiguous() for x in (seeds, draws, history, counts)]
+    _C.sample(logits if logits.stride(-1) == 1 else logits.contiguous(), *(*there, ids), **options.arguments())
+    if (ids < 0).any():
+        raise ValueError("sampling: logits have no finite maximum (NaN or infinity)")
+    return ids
+
+
+def choose_together(samplers: list[Sampler], logits: Tensor, texts: list[list[int]]) -> list[int]:
+    """A token for each row of logits [B, V], as its sampler, of one stream, would choose with that text alone.
+
+    Rows whose options are equal are one call. ValueError for logits without a finite maximum.
+    """
+    alike: dict[Sampling, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        alike.setdefault(sampler.options, []).append(row)
+    tokens = [0] * len(samplers)
+    for options, rows in alike.items():
+        history = counts = None
+        if options.repetition_penalty != 1:
+            held = [torch.tensor(texts[row]) for row in rows]
+            history = torch.nn.utils.rnn.pad_sequence(held, batch_first=True)
+            counts = torch.tensor([len(text) for text in held])
+        seeds, draws = (torch.cat([getattr(samplers[row], name) for row in rows]) for name in ("seeds", "draws"))
+        of_rows = logits if len(rows) == len(samplers) else logits[rows]
+        for row, token in zip(rows, _choose(options, of_rows, seeds, draws, history, counts).tolist(), strict=True):
+            tokens[row] = token
+            samplers[row].draws += 1
+    return tokens
