@@ -62,13 +62,15 @@ template <class T, class S, int M>
   const int64_t bytes = squares * width * static_cast<int64_t>(sizeof(S));
   const int64_t runs = bytes == 0 ? 1 : (bytes + kRunBytes - 1) / kRunBytes;
   const int64_t run = (squares + runs - 1) / runs * L;  // units, as many in each run
+  int64_t next_run = 0;
   Fetcher ahead(rows, 0, 64);
   V sum[M] = {}, chunk[M] = {};
   for (int64_t u = 0; u < count; u += L) {
     V square[L];
     const int64_t left = K - u * kUnit<T>;
     const S* p = rows + u * kUnit<T>;
-    if (u % run == 0) {
+    if (u == next_run) {
+      next_run += run;
       const int64_t behind = left - run * kUnit<T>;  // numbers behind this run
       const S* next = behind > 0 ? p + run * kUnit<T> : then;
       const int64_t there = behind > 0 && behind < run * kUnit<T> ? behind : run * kUnit<T>;
