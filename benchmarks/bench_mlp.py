@@ -1,6 +1,4 @@
-"""nn.MLP against the torch modules: Linear, GELU (tanh), Linear; and with a gate, Linear, SiLU, product, Linear. And
-GELU (tanh) alone, on what is between the layers.
-"""
+"""nn.MLP against the torch modules: Linear, GELU (tanh), Linear; and with a gate, Linear, SiLU, product, Linear."""
 
 from collections.abc import Iterator
 
@@ -65,33 +63,7 @@ def build(M: int, K: int, H: int, activation: str, dtype: torch.dtype, backward:
     return {who: lambda m=m: m(x) for who, m in modules.items()}
 
 
-def build_alone(M: int, H: int, dtype: torch.dtype, backward: bool):
-    x, dout = (numbers(M, H, dtype=dtype, seed=seed) for seed in (0, 1))
-    functions = {OURS: pykern.gelu, "torch": F.gelu}
-    if backward:
-        return {
-            who: with_gradients(lambda x, f=f: f(x, approximate="tanh"), [x.requires_grad_()], dout)
-            for who, f in functions.items()
-        }
-    return {who: lambda f=f: f(x, approximate="tanh") for who, f in functions.items()}
-
-
-def cases_alone(quick: bool) -> Iterator[Case]:
-    """Forward reads x and writes out; backward reads x and dout and writes dx."""
-    for M, _, H in QUICK_SHAPES if quick else SHAPES:
-        for dtype in DTYPES:
-            for backward in (False, True):
-                yield Case(
-                    f"M{M} {H} gelu_tanh alone{' +backward' if backward else ''}",
-                    dtype,
-                    0.0,
-                    float((5 if backward else 2) * M * H * dtype.itemsize),
-                    lambda M=M, H=H, dtype=dtype, backward=backward: build_alone(M, H, dtype, backward),
-                )
-
-
 def cases(quick: bool) -> Iterator[Case]:
-    yield from cases_alone(quick)
     for M, K, H in QUICK_SHAPES if quick else SHAPES:
         for activation in PRODUCTS:
             for dtype in DTYPES:

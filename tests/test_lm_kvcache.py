@@ -174,6 +174,21 @@ def test_a_session_reads_an_int8_cache_as_the_blocks_do(shape, dtype):
     assert torch.equal(session.cache.k, cache.k) and torch.equal(session.cache.v_scale, cache.v_scale)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_of_nan_does_not_reach_those_before_it(dtype):
+    """Its row of an int8 cache has a scale of NaN; queries of the same chunk that do not see it have the same bits."""
+    model, ids = make(block_size=40, n_head=2, n_embd=128), random_ids(1, 30, vocab=7)
+    clean = model.to(getattr(torch, dtype)).session(dtype=dtype, cache_dtype="int8")
+    clean.prefill(ids)
+    with torch.no_grad():
+        model.transformer.wte.weight[9] = torch.nan
+    broken = model.session(dtype=dtype, cache_dtype="int8")
+    ids[0, 20] = 9
+    broken.prefill(ids)
+    for found, wanted in zip(broken.cache.keys_and_values(1, 0), clean.cache.keys_and_values(1, 0), strict=True):
+        assert torch.equal(found[:, :20], wanted[:, :20]) and found[:, 20:].isnan().all()
+
+
 def test_an_int8_cache_forks_truncates_and_ignores_what_is_not_written():
     model, ids = make(block_size=40), random_ids(1, 30)
     session, other = (model.session(batch=2, cache_dtype="int8") for _ in range(2))
