@@ -64,7 +64,7 @@ static void accumulate(Compute<T>* c, int rows, int64_t width, Left<T> a, Right<
       for (int one = i; one < i + n; ++one) {
         hide_rows<T>(hidden, rows_of_b, b.unit, units<T>(count),
                      [&](int64_t k) { return see(one, k); });
-        add_products(Rows<1>{}, one, begin, end, column, hidden, W);
+        add_products(Count<1>{}, one, begin, end, column, hidden, W);
       }
     }
   }

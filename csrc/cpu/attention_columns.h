@@ -232,8 +232,8 @@ static void add_values(int64_t E, const Strip<T>& strip, const Compute<T>* v, in
       }
   };
   int64_t e = 0;
-  for (; e + kKeyRows <= E; e += kKeyRows) rows_of(Rows<kKeyRows>{}, e);
-  for (; e < E; ++e) rows_of(Rows<1>{}, e);
+  for (; e + kKeyRows <= E; e += kKeyRows) rows_of(Count<kKeyRows>{}, e);
+  for (; e < E; ++e) rows_of(Count<1>{}, e);
 }
 
 // The same where some value is not finite: lanes that do not see a key multiply 0 in its place.

@@ -222,9 +222,9 @@ static void add_tile(const Group<T>& x, int64_t r0, const TileOf<T>& tile, uint6
           ValueRows<T>{values, values + keys * tile.v.row, tile.v.row, next}, e);
       e += vectors.value * V::lanes;
     };
-    while (e + NV * V::lanes <= x.E) add(Rows<NV>{});
-    if (NV > 2 * kTileVectors && e + 2 * W <= x.E) add(Rows<2 * kTileVectors>{});
-    while (e < x.E) add(Rows<kTileVectors>{});
+    while (e + NV * V::lanes <= x.E) add(Count<NV>{});
+    if (NV > 2 * kTileVectors && e + 2 * W <= x.E) add(Count<2 * kTileVectors>{});
+    while (e < x.E) add(Count<kTileVectors>{});
     return;
   }
   const Right<T> values = right_rows<T>(tile.v.data, tile.v.row, keys, x.E, memory.values);

@@ -1,5 +1,6 @@
-// The layers of a language model as loops of one team of threads. A layer is six loops: norm, qkv,
-// attention with the append, projection, and after the second norm up and down.
+// The layers of a language model as loops of one team of threads. A layer is five loops: qkv,
+// attention with the append, projection, up and down; the norms of more than a few rows are two
+// more.
 #pragma once
 #include "cpu/activate.h"
 #include "cpu/attention_forward.h"
@@ -46,6 +47,7 @@ template <class T>
 struct Work {
   const int64_t E, Q, H;  // widths: of the stream, of q, k and v together, inside the MLP
   const Scratch stream, normed, qkv, hidden, gate, last;
+  const Scratch own;  // of each thread: rows that it normalises for itself
   const ProductMemory<T> product;
   const int64_t parts;  // of the keys of a text, where threads share one
   const Scratch attention, partial;
@@ -61,6 +63,7 @@ struct Work {
         hidden(bytes(rows, H)),
         gate(m.layers[0].gate.panels.given ? bytes(rows, H) : 0),
         last(bytes(texts, E)),
+        own(bytes(threads, E), threads),
         product(rows, E > H ? E : H, kWidened<T, WeightKind::numbers> || quantised(m), threads),
         parts(deals_parts<T>(texts * m.n_kv_head, m.n_head / m.n_kv_head * most.rows, most.keys,
                              threads)
@@ -79,7 +82,7 @@ struct Work {
   }
   bool ok() const {
     return stream.ok() && normed.ok() && qkv.ok() && hidden.ok() && gate.ok() && last.ok() &&
-           product.ok() && attention.ok();
+           own.ok() && product.ok() && attention.ok();
   }
 };
 
@@ -273,11 +276,10 @@ static void project(Team& team, const PackedWeight& w, const Tensor& bias_, cons
 }
 
 template <class T>
-static void mlp(Team& team, const LmModel& m, const LmLayer& layer, int64_t R,
+static void mlp(Team& team, const LmModel& m, const LmLayer& layer, const T* x, int64_t R,
                 const Work<T>& work) {
   using C = Compute<T>;
   T *const hidden = work.hidden.template at<T>(), *const gate = work.gate.template at<T>();
-  const T* x = work.normed.template at<T>();
   const bool gated = layer.gate.panels.given;
   if (gated) project<T>(team, layer.gate, layer.gate_bias, x, R, work, false, gate);
   const Numbers<C> bias(layer.up_bias);
@@ -302,9 +304,20 @@ static void step(Team& team, const LmStep& op, const int64_t* tokens, T* logits,
   const LmModel& m = *op.model;
   const int64_t R = op.tokens.size[0], S = op.lengths.size[0], E = work.E;
   T *const x = work.stream.template at<T>(), *const y = work.normed.template at<T>();
-  const auto norm_rows = [&](const Tensor& weight, const Tensor& bias) {
-    team.loop(R, [&](int64_t i) { normalise(m, x + i * E, weight, bias, E, y + i * E); });
+  // The norms of n rows of x, row i from row from(i): in `to`, or, where threads are as many, each
+  // makes all of them for itself, which is cheaper than to wait for another.
+  const auto norm_rows = [&](int64_t n, const Tensor& weight, const Tensor& bias, T* to,
+                             const auto& from) -> const T* {
+    const bool own = n <= team.size();
+    if (own) to = work.own.template at<T>(team.thread());
+    const auto row = [&](int64_t i) { normalise(m, x + from(i) * E, weight, bias, E, to + i * E); };
+    if (own)
+      for (int64_t i = 0; i < n; ++i) row(i);
+    else
+      team.loop(n, row);
+    return to;
   };
+  const auto same = [](int64_t i) { return i; };
   team.loop(S, [&](int64_t s) {
     const Text text = text_of(op, s);
     for (int64_t i = 0; i < text.rows; ++i)
@@ -312,21 +325,21 @@ static void step(Team& team, const LmStep& op, const int64_t* tokens, T* logits,
   });
   for (int64_t i = 0; i < m.n_layer; ++i) {
     const LmLayer& layer = m.layers[i];
-    norm_rows(layer.ln_1_weight, layer.ln_1_bias);
-    project<T>(team, layer.attn, layer.attn_bias, y, R, work, false, work.qkv.template at<T>());
+    const T* normed = norm_rows(R, layer.ln_1_weight, layer.ln_1_bias, y, same);
+    project<T>(team, layer.attn, layer.attn_bias, normed, R, work, false,
+               work.qkv.template at<T>());
     attend<T>(team, op, layer, work);
     project<T>(team, layer.proj, layer.proj_bias, y, R, work, true, x);
-    norm_rows(layer.ln_2_weight, layer.ln_2_bias);
-    mlp<T>(team, m, layer, R, work);
+    normed = norm_rows(R, layer.ln_2_weight, layer.ln_2_bias, y, same);
+    mlp<T>(team, m, layer, normed, R, work);
   }
   if (!logits) return;
   const int64_t outputs = last_rows ? S : R;
-  T* const states = last_rows ? work.last.template at<T>() : y;
-  team.loop(outputs, [&](int64_t i) {
-    const Text text = text_of(op, last_rows ? i : 0);
-    const int64_t row = last_rows ? text.first + text.rows - 1 : i;
-    normalise(m, x + row * E, m.ln_f_weight, m.ln_f_bias, E, states + i * E);
-  });
+  const T* const states = norm_rows(outputs, m.ln_f_weight, m.ln_f_bias,
+                                    last_rows ? work.last.template at<T>() : y, [&](int64_t i) {
+                                      const Text text = text_of(op, last_rows ? i : 0);
+                                      return last_rows ? text.first + text.rows - 1 : i;
+                                    });
   product<T>(team, m.head, states, E, outputs, work.product,
              [&](int64_t row, int64_t column, Vec<C> v, int n) {
                store_n(logits + row * logits_row + column, v, n);

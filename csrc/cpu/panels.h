@@ -106,6 +106,12 @@ struct WidenedPanel : Scales<kind, 1> {
   [[gnu::always_inline]] void load_next(VecF (&row)[kTileVectors]) { numbers.load_next(row); }
 };
 
+// Of a weight.
+template <class T, WeightKind kind>
+constexpr int64_t kBits = kind == WeightKind::int4   ? 4
+                          : kind == WeightKind::int8 ? 8
+                                                     : 8 * sizeof(T);
+
 // Whether a step in T widens the panels of a weight of this kind: many rows then share one that is
 // widened once.
 template <class T, WeightKind kind>
@@ -178,18 +184,46 @@ static void multiply_rows(const PackedWeight& w, const Compute<T>* a, const Comp
     sink.take(sink.context, 0, R, panel * W, left < columns ? left : columns, tile, columns);
   };
   int64_t panel = first;
-  if constexpr (P > 1)
-    for (; panel + P <= last; panel += P) {
-      using Panels = typename PanelsOf<T, kind, P>::type;
-      multiply_panels<T, R, P>(count, a, sums, Panels(w, panel), tile);
-      take(panel, P);
+  const auto multiply = [&](auto p) {
+    using Panels = typename PanelsOf<T, kind, p.value>::type;
+    for (; panel + p.value <= last; panel += p.value) {
+      multiply_panels<T, R, p.value>(count, a, sums, Panels(w, panel), tile);
+      take(panel, p.value);
     }
-  for (; panel < last; ++panel) {
-    using Panels = typename PanelsOf<T, kind, 1>::type;
-    multiply_panels<T, R, 1>(count, a, sums, Panels(w, panel), tile);
-    take(panel, 1);
-  }
+  };
+  if constexpr (P > 2) multiply(Count<P>{});
+  if constexpr (P > 1) multiply(Count<2>{});
+  multiply(Count<1>{});
 }
+
+// The panels of a product as tasks of a team, in rounds of one task a thread. A round deals half of
+// what is left, in whole groups of panels, so that the last tasks, which others wait for, are
+// short; of a small weight it deals all.
+struct Deal {
+  static constexpr int64_t kGroup = 4, kSmall = 256 << 10;  // panels; bytes a thread
+  int64_t panels, size;
+  bool small;
+
+  Deal(int64_t panels, int64_t bytes, int size)
+      : panels(panels), size(size), small(bytes < kSmall * size) {}
+  int64_t share(int64_t left) const {
+    if (small) return (left + size - 1) / size;
+    const int64_t groups = left / (2 * size * kGroup);
+    return (groups > 0 ? groups : 1) * kGroup;
+  }
+  int64_t tasks() const {
+    int64_t rounds = 0;
+    for (int64_t left = panels; left > 0; left -= size * share(left)) ++rounds;
+    return rounds * size;
+  }
+  template <class Body>
+  void task(int64_t i, const Body& body) const {
+    int64_t begin = 0;
+    for (; i >= size; i -= size) begin += size * share(panels - begin);
+    const int64_t step = share(panels - begin), first = begin + i * step, last = first + step;
+    if (first < panels) body(first, last < panels ? last : panels);
+  }
+};
 
 // sums [groups][rows]: of the numbers of each row in each group along k
 static void sum_groups(const float* x, int64_t x_row, int rows, int64_t K, int64_t group,
@@ -244,7 +278,7 @@ static void product_of(Team& team, const PackedWeight& w, const T* x, int64_t x_
   using C = Compute<T>;
   constexpr int R = kTileRows, W = kTileColumns<T>;
   constexpr bool wants_sums = kind == WeightKind::int4;
-  const int64_t panels = (w.N + W - 1) / W, tasks = 8 * team.size();
+  const int64_t panels = (w.N + W - 1) / W;
   C* const tile = memory.tile(team.thread());
   const auto sum_rows = [&](const T* from, int n, C* strip) {
     if constexpr (wants_sums) sum_groups(from, x_row, n, w.K, w.group, strip + memory.packed);
@@ -258,11 +292,12 @@ static void product_of(Team& team, const PackedWeight& w, const T* x, int64_t x_
     else
       pack<T>(own, static_cast<int>(rows), {x, x_row, 1}, static_cast<int>(rows), rows, w.K);
     sum_rows(x, static_cast<int>(rows), own);
-    const int64_t step = (panels + 4 * tasks - 1) / (4 * tasks) * 4;
-    team.loop((panels + step - 1) / step, [&](int64_t i) {
-      const int64_t last = (i + 1) * step < panels ? (i + 1) * step : panels;
-      with_rows(static_cast<int>(rows), [&](auto n) {
-        multiply_rows<T, kind, n.value>(w, a, sums_of(own), i * step, last, tile, sink);
+    const Deal deal(panels, w.N * w.K * kBits<T, kind> / 8, team.size());
+    team.loop(deal.tasks(), [&](int64_t i) {
+      deal.task(i, [&](int64_t first, int64_t last) {
+        with_rows(static_cast<int>(rows), [&](auto n) {
+          multiply_rows<T, kind, n.value>(w, a, sums_of(own), first, last, tile, sink);
+        });
       });
     });
     return;

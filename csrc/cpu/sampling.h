@@ -76,10 +76,39 @@ static inline int64_t pick(const double* weight, const int32_t* ids, int64_t n, 
   return last;
 }
 
+// The id of the largest logit, the lowest among equals; -1 where one is NaN or the largest is
+// infinite.
+template <class T>
+static int64_t most_likely(const T* logits, int64_t V) {
+  using C = Compute<T>;
+  using Vector = Vec<C>;
+  const int64_t whole = V / Vector::lanes * Vector::lanes;
+  Vector most = Vector::splat(-INFINITY), poison = Vector::zero();
+  for (int64_t i = 0; i < whole; i += Vector::lanes) {
+    const Vector l = load(logits + i);
+    most = max(most, l);
+    poison = select(l == l, poison, l);
+  }
+  C best = most.max();
+  bool broken = poison.sum() != 0;
+  for (int64_t i = whole; i < V; ++i) {
+    const C l = widen(logits[i]);
+    broken = broken || l != l;
+    best = l > best ? l : best;
+  }
+  if (broken || best == INFINITY || best == -INFINITY) return -1;
+  int64_t id = 0;
+  const Vector wanted = Vector::splat(best);
+  while (id < whole && !bits_of(load(logits + id) == wanted)) id += Vector::lanes;
+  while (widen(logits[id]) != best) ++id;
+  return id;
+}
+
 // The token, or -1 where a logit is NaN or the largest one is infinite.
 template <class T>
 static int64_t sample_row(const T* logits, int64_t V, const SampleRow& row) {
   const Sampling& o = row.options;
+  if (o.temperature == 0 && o.repetition_penalty == 1) return most_likely(logits, V);
   double* l = row.logit;
   for (int64_t i = 0; i < V; ++i) l[i] = widen(logits[i]);
   if (o.repetition_penalty != 1)

@@ -28,12 +28,18 @@ class Team {
   int size() const { return size_; }
   int thread() const { return thread_; }
 
-  // body(i) for i in 0..n-1, each by the thread that comes first; returns when all are done. Every
-  // thread of the team makes the same calls with the same n.
+  // body(i) for i in 0..n-1, each by the thread that comes first or, where there are no more than
+  // threads, by thread i; returns when all are done. Every thread of the team makes the same calls
+  // with the same n.
   template <class Body>
   void loop(int64_t n, const Body& body) {
     if (size_ == 1) {
       for (int64_t i = 0; i < n; ++i) body(i);
+      return;
+    }
+    if (n <= size_) {  // one each: nothing to deal
+      if (thread_ < n) body(thread_);
+      wait();
       return;
     }
     for (int64_t i; (i = __atomic_fetch_add(&state_.next, 1, __ATOMIC_RELAXED)) < n;) body(i);

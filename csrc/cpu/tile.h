@@ -113,9 +113,9 @@ template <class T, int R, int NV>
   multiply_tile<T, R, NV>(count, a, a_row, a_unit, rows, acc);
 }
 
-// Calls body(Rows<n>{}) with n = rows as a compile-time constant, 1 <= rows <= kTileRows.
+// Calls body(Count<n>{}) with n = rows as a compile-time constant, 1 <= rows <= kTileRows.
 template <int n>
-struct Rows {
+struct Count {
   static constexpr int value = n;
 };
 template <int n = kTileRows, class Body>
@@ -123,7 +123,7 @@ template <int n = kTileRows, class Body>
   if constexpr (n > 1) {
     if (rows < n) return with_rows<n - 1>(rows, body);
   }
-  body(Rows<n>{});
+  body(Count<n>{});
 }
 
 }  // namespace

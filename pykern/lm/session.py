@@ -171,12 +171,18 @@ class Session:
         others go on. When the cache is full, the last max_len / 2 tokens are read again into an empty one: a text can
         be of any length, but a token sees no further back than that.
         """
+        bursts = self._bursts(ids, max_new_tokens, seed, stop_tokens, sampling)
+        return (token.clone() for burst in bursts for token in burst.unbind(1))
+
+    def _bursts(
+        self, ids: Tensor, max_new_tokens: int, seed: int | None, stop: tuple[int, ...], sampling: dict[str, Any]
+    ) -> Iterator[Tensor]:
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens} but must not be negative")
         options, seeds = Sampling(**sampling), seeds_of(seed, self.batch)
-        return self._stream(self._checked(ids), max_new_tokens, options, seeds, set(stop_tokens))
+        return self._each_burst(self._checked(ids), max_new_tokens, options, seeds, set(stop))
 
-    def _stream(
+    def _each_burst(
         self, ids: Tensor, max_new_tokens: int, options: Sampling, seeds: Tensor, stop: set[int]
     ) -> Iterator[Tensor]:
         self.reset()
@@ -195,8 +201,7 @@ class Session:
             new = self._draw(text, end, count, options, seeds, draws, ended, stop)
             if time.perf_counter() - started < BURST_SECONDS / 2:
                 burst = min(2 * burst, 256)
-            for token in new.unbind(1):
-                yield token.clone()
+            yield new
             end += new.shape[1]
 
     def _draw(
@@ -280,11 +285,12 @@ class Session:
         with each new token [batch] as it comes.
         """
         new = []
-        for token in self.stream(ids, max_new_tokens=max_new_tokens, **options):
-            if callback is not None:
-                callback(token)
-            new.append(token[:, None])
-        return torch.cat([ids, *(column.to(ids.device) for column in new)], 1)
+        stop, seed = options.pop("stop_tokens", ()), options.pop("seed", None)
+        for burst in self._bursts(ids, max_new_tokens, seed, stop, options):
+            for token in burst.unbind(1) if callback is not None else ():
+                callback(token.clone())
+            new.append(burst.to(ids.device))
+        return torch.cat([ids, *new], 1)
 
 
 def generate(
