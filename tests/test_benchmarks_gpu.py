@@ -288,6 +288,7 @@ def test_the_real_cases():
     assert len(set(keys)) == len(keys) and [c.priority for c in found] == sorted(c.priority for c in found)
     assert {f"G{i}" for i in range(1, 17)} <= {c.goal for c in found}
     kernels = {name for name in dir(_C) if not name.startswith("_")}
+    kernels |= {f"lm_{name}" for name in dir(_C.LmModel) if not name.startswith("_")}
     for one in found:
         assert one.rivals() and one.moved > 0 and set(one.kernels) <= kernels and one.traffic in ceilings.NAMES
         assert bool(one.kernels) == (OURS in one.makers)

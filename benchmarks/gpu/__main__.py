@@ -27,6 +27,7 @@ import torch
 from benchmarks.gpu import (
     cases_attention,
     cases_decode,
+    cases_models,
     cases_matmul,
     cases_memory,
     cases_training,
@@ -41,7 +42,7 @@ from benchmarks.gpu.document import Document
 from benchmarks.gpu.run import Budget, estimate, in_order, run_cases
 from benchmarks.gpu.timer import CudaTimer, DeviceLost, FakeTimer, Timer
 
-NEW = (cases_attention, cases_decode)  # never timed with pykern's kernels: before the rest
+NEW = (cases_attention, cases_decode, cases_models)  # never timed with pykern's kernels: before the rest
 MODULES = (*NEW, cases_memory, cases_training, cases_matmul)
 BEHIND = 3  # what is added to the priorities of the rest
 STEPS = ("build", "tests", "sanitizer", "ceilings", "timing")

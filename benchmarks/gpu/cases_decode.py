@@ -1,4 +1,4 @@
-"""Decoding: one query or a few against long caches, chunks of a prompt with few heads, and whole steps of a model."""
+"""Decoding: one query or a few against long caches, and chunks of a prompt with few heads."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from benchmarks.gpu.case import OURS, Case, Maker, Source
 from benchmarks.gpu.cases_attention import flops, moved
-from benchmarks.gpu.makers import library, rivals, sdpa
-from benchmarks.models import GPT2, TINY, Model
-from benchmarks.plain_gpt import PlainGPT
+from benchmarks.gpu.makers import library, sdpa
 
 BF16 = torch.bfloat16
 ONE = [  # B, H, G, T, S, D
@@ -25,8 +23,6 @@ FEW = [
 ]
 CHUNKS = [(1, 8, 8, 256, 131072, 128), (1, 16, 2, 256, 131072, 128)]
 TINY_CASES = [(2, 4, 2, 1, 40, 8), (2, 4, 2, 3, 40, 8)]
-LARGE = Model("gpt 1.2B", 18, 16, 2048, 1024, 128256)
-CONTEXT = 512  # tokens before the step that is timed
 
 
 def lower_right(T: int, S: int, device: torch.device) -> Tensor:
@@ -114,87 +110,5 @@ def _caches(source: Source, B: int, H: int, G: int, T: int, S: int, D: int) -> t
     return source.constant(B, H, T, D), *caches, lower_right(T, S, source.device)
 
 
-# ---- whole models. pykern's own are timed here once they run on CUDA: until then these are the denominators.
-
-
-def plain_model(model: Model, device: torch.device, dtype: torch.dtype) -> PlainGPT:
-    torch.manual_seed(0)
-    with torch.device(device):
-        return PlainGPT(**model.sizes).to(dtype)
-
-
-def step_inputs(source: Source, model: Model, B: int, context: int) -> tuple:
-    plain = plain_model(model, source.device, BF16)
-    return source.integers(model.vocab_size, B), plain, plain.caches(B, BF16), context
-
-
-def step(ids: Tensor, plain: PlainGPT, caches: list, context: int) -> Tensor:
-    """Logits after one more token; the caches are static, as under torch.compile's reduce-overhead."""
-    with torch.no_grad():
-        return F.linear(plain.hidden(ids[:, None], caches, context)[:, -1], plain.wte.weight)
-
-
-def step_cases(tiny: bool) -> Iterator[Case]:
-    """A step of decoding, replayed as one CUDA graph: without the graph it is the launches that are timed."""
-    for goal, model, B in [("G15", TINY, 2)] if tiny else [("G15", GPT2, 1), ("G16", LARGE, 1), ("G15", GPT2, 8)]:
-        context = 5 if tiny else CONTEXT
-        yield Case(
-            *("decode step", goal, 5 if B == 1 else 7, BF16, f"{model.name} B{B} context{context}"),
-            model.decode_bytes(B, context, BF16.itemsize),
-            model.decode_flops(B, context),
-            lambda source, model=model, B=B, context=context: step_inputs(source, model, B, context),
-            rivals(step),
-            traffic="read",
-            one_set=True,
-            extra_seconds=20.0,
-        )
-
-
-def train_inputs(source: Source, model: Model, B: int, T: int) -> tuple:
-    plain = plain_model(model, source.device, torch.float32)
-    ids = source.integers(model.vocab_size, B, T + 1)
-    return plain, ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-
-
-def loss_and_gradients(plain: PlainGPT, ids: Tensor, targets: Tensor) -> list[Tensor]:
-    """In bfloat16 by autocast; the loss, and the gradient of every parameter."""
-    with torch.autocast(ids.device.type, BF16):
-        loss = plain.loss(ids, targets)
-    return [loss.detach(), *torch.autograd.grad(loss, list(plain.parameters()))]
-
-
-def _compiled_training() -> Callable[..., Any]:
-    """torch.compile of the loss; its gradient is compiled with it. SDPA by cuDNN where that runs."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from benchmarks.gpu.makers import compiled
-
-    loss_of = compiled(lambda plain, ids, targets: plain.loss(ids, targets))()
-
-    def both(plain: PlainGPT, ids: Tensor, targets: Tensor) -> list[Tensor]:
-        order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with sdpa_kernel(order, set_priority=True), torch.autocast(ids.device.type, BF16):
-            loss = loss_of(plain, ids, targets)
-        return [loss.detach(), *torch.autograd.grad(loss, list(plain.parameters()))]
-
-    return both
-
-
-def train_cases(tiny: bool) -> Iterator[Case]:
-    """Loss and gradients of a batch, without the optimiser, which has a case of its own."""
-    for model, B, T in [(TINY, 2, 8)] if tiny else [(GPT2, 16, 1024)]:
-        yield Case(
-            *("loss and gradients", "G14", 6, BF16, f"{model.name} B{B} T{T}"),
-            float(model.parameters * 8),
-            model.training_flops(B, T),
-            lambda source, model=model, B=B, T=T: train_inputs(source, model, B, T),
-            {"torch": lambda: loss_and_gradients, "torch.compile": _compiled_training},
-            one_set=True,
-            extra_seconds=60.0,
-        )
-
-
 def cases(tiny: bool) -> Iterator[Case]:
     yield from attention_cases(tiny)
-    yield from step_cases(tiny)
-    yield from train_cases(tiny)
