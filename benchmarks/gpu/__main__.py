@@ -27,9 +27,9 @@ import torch
 from benchmarks.gpu import (
     cases_attention,
     cases_decode,
-    cases_models,
     cases_matmul,
     cases_memory,
+    cases_models,
     cases_training,
     ceilings,
     machine,

@@ -287,8 +287,9 @@ class Session:
         new = []
         stop, seed = options.pop("stop_tokens", ()), options.pop("seed", None)
         for burst in self._bursts(ids, max_new_tokens, seed, stop, options):
-            for token in burst.unbind(1) if callback is not None else ():
-                callback(token.clone())
+            if callback is not None:
+                for token in burst.unbind(1):
+                    callback(token.clone())
             new.append(burst.to(ids.device))
         return torch.cat([ids, *new], 1)
 
