@@ -10,7 +10,7 @@ from torch import Tensor
 import pykern
 from benchmarks.bench_attention import by_hand
 from benchmarks.bench_train import pykern_name
-from benchmarks.models import GPT2, SMALL, TINY, Model
+from benchmarks.models import GPT2, MINI, SMALL, TINY, Model
 from benchmarks.plain_gpt import PlainGPT
 from benchmarks.report import OURS, Case, numbers
 from benchmarks.rivals_decode import Rival, missing, rivals
@@ -26,7 +26,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 COLD_BYTES = 200e6  # of caches in turn: in a model, other layers' keys and weights come between two reads
 BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}  # of a matrix weight, scales included
 PREFILLS = [(GPT2, 1, 512), (GPT2, 8, 128), (SMALL, 1, 512), (SMALL, 8, 128)]  # model, batch, tokens
-GENERATIONS = [(GPT2, 1, 128), (GPT2, 8, 128), (SMALL, 1, 128), (SMALL, 8, 128)]  # model, batch, new tokens
+GENERATIONS = [  # model, batch, new tokens
+    *((GPT2, 1, 128), (GPT2, 8, 128), (SMALL, 1, 128), (SMALL, 8, 128), (MINI, 1, 400)),
+]
 STEPS = [(GPT2, 1, 1000), (GPT2, 8, 1000)]  # model, batch, context
 REST = 0.02  # seconds in which the threads of OpenMP and onnxruntime, which spin for milliseconds, fall asleep
 QUICK = [(TINY, 1, 20), (TINY, 8, 20)]

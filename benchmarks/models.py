@@ -56,6 +56,7 @@ class Model:
 
 GPT2 = Model("gpt2 124M", 12, 12, 768, 1024, 50257)
 SMALL = Model("23.6M", 6, 8, 512, 1024, 8192)
+MINI = Model("0.9M", 4, 4, 128, 512, 256)
 TINY = Model("tiny", 2, 2, 64, 64, 256)
 
 
