@@ -162,7 +162,8 @@ def attention_with_kvcache(
     rotary_cos, rotary_sin [positions, R/2], R <= D: rotates k at positions cache_seqlens + t, q at the last T.
     cache_leftpad [B] int32: slots in front of a sequence's first key, which is at position 0; they are never read."""
 
-# ---- linear: out = activation(x weight^T + bias) + residual
+# ---- linear: out = activation(x weight^T + bias) + residual. tf32, here and in mlp and linear_cross_entropy: products
+#      of float32 on CUDA round their factors to 10 bits behind the point; elsewhere it changes nothing
 def linear_forward(
     x: Array,
     weight: Array,
@@ -172,6 +173,7 @@ def linear_forward(
     pre: Array | None,
     *,
     activation: Activation,
+    tf32: bool = False,
 ) -> None:
     """x [...,K]  weight [N,K]  bias [N]  residual, out, pre [...,N]; pre receives x weight^T + bias."""
 
@@ -185,6 +187,7 @@ def linear_backward(
     dbias: Array | None,
     *,
     activation: Activation,
+    tf32: bool = False,
 ) -> None:
     """Gradients not wanted are None. pre is needed unless activation is "none"."""
 
@@ -204,6 +207,7 @@ def mlp_forward(
     gate: Array | None,
     *,
     activation: Activation,
+    tf32: bool = False,
 ) -> None:
     """x [...,K]  up_weight, gate_weight [H,K]  down_weight [N,H]  residual, out [...,N]; up, gate [...,H] are written
     for the backward pass unless None. Beside a bfloat16 or float16 x, weights, biases and residual may be float32;
@@ -226,6 +230,7 @@ def mlp_backward(
     ddown_bias: Array | None,
     *,
     activation: Activation,
+    tf32: bool = False,
 ) -> None:
     """Gradients not wanted are None. dout has out's dtype, dx x's, a weight's gradient that of the weight."""
 
@@ -327,6 +332,7 @@ def linear_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    tf32: bool = False,
 ) -> None:
     """x [M,K]  weight [V,K]  bias [V]  loss, dloss [M] stat; gradients that are given need dloss."""
 

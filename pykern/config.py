@@ -4,6 +4,7 @@ import operator
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pykern
 
@@ -89,7 +90,7 @@ _VERIFIED = {
 }
 
 
-def _explain_cuda(op: str, dtype: str) -> str:
+def _explain_cuda(op: str, first: Any, dtype: str) -> str:
     kernel = _KERNELS.get(op, "attention_forward")
     if kernel is None:
         return f"{op}: torch functions put together, on CUDA as on the CPU"
@@ -100,6 +101,10 @@ def _explain_cuda(op: str, dtype: str) -> str:
     tested = "tested on an emulator, not yet on a GPU"
     if kernel in _VERIFIED:
         tested = "verified on an H200"
+    if hasattr(first, "is_cuda") and op in ("linear", "mlp", "linear_cross_entropy"):
+        from pykern.ops._library import allows_tf32
+
+        dtype = "float32 in tf32, which torch allows" if allows_tf32(first) else dtype
     return f"{op}: CUDA kernel {kernel}, {dtype}, {tested}; the CUDA kernels are {_C.cuda_status()}"
 
 
@@ -117,7 +122,7 @@ def explain(op: str, *args, **kwargs) -> str:
     first = next((a for a in arrays if "int" not in str(a.dtype) and "bool" not in str(a.dtype)), arrays[0])
     dtype = str(first.dtype).removeprefix("torch.")
     if str(getattr(first, "device", "cpu")).startswith("cuda"):
-        return _explain_cuda(op, dtype)
+        return _explain_cuda(op, first, dtype)
     try:
         path = _C.borrow_path(first)
     except (TypeError, ValueError) as refusal:

@@ -4,7 +4,10 @@ Inputs are drawn on the CPU, so that every device gets the same. Shapes have odd
 and blocks divide, and rows longer than a block reads at once.
 """
 
+import importlib
 import itertools
+from contextlib import ExitStack, contextmanager
+from unittest import mock
 
 import torch
 from cuda_cases_attention import attentions
@@ -215,6 +218,36 @@ def linear_inputs(residual):
     return make
 
 
+def tf32(x):
+    """x with 10 bits behind the point, halves away from 0, as tensor cores take it."""
+    bits = x.float().contiguous().view(torch.int32)
+    return ((bits + 0x1000) & -0x2000).view(torch.float32).to(x.dtype)
+
+
+class Tf32Product(torch.autograd.Function):
+    """x weight^T of rounded factors, and so its gradients."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return tf32(x) @ tf32(weight).T
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = ctx.saved_tensors
+        return tf32(dout) @ tf32(weight), tf32(dout).T @ tf32(x)
+
+
+@contextmanager
+def tf32_allowed():
+    """torch's switch asks for a GPU: this one works on the emulator, too."""
+    with ExitStack() as stack:
+        for room in ("linear", "mlp", "linear_cross_entropy"):
+            module = importlib.import_module(f"pykern.ops.{room}")
+            stack.enter_context(mock.patch.object(module, "allows_tf32", lambda x: x.dtype == torch.float32))
+        yield
+
+
 def products():
     kernels = ("linear_forward", "linear_backward")
     shapes = {"odd": (5, 33, 17), "tiles": (128, 256, 384), "odd tiles": (133, 321, 259), "one row": (1, 768, 3072)}
@@ -223,6 +256,16 @@ def products():
         ours = out(lambda options=options, **inputs: pykern.linear(**inputs, **options))
         formula = out(lambda options=options, **inputs: reference.linear(**inputs, **options))
         yield name, Op(kernels, shapes | parts, linear_inputs(bool(options)), ours, formula, rows=("x", "weight"))
+
+    formula = out(lambda x, weight, bias: Tf32Product.apply(x, weight) + bias)
+    which = {name: (shapes | parts)[name] for name in ("odd", "many rows", "odd tiles")}
+    yield (
+        "linear, tf32",
+        Op(
+            *(kernels, which, linear_inputs(False), out(pykern.linear), formula),
+            *((), ("x", "weight"), (torch.float32,), {}, tf32_allowed, True),
+        ),
+    )
 
     def layers(gated):
         def make(dtype, M, K, H):

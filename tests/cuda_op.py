@@ -1,6 +1,7 @@
 """What is known of an op for the tests on a GPU (cuda_cases.py)."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,8 @@ from tools import draw
 @dataclass(frozen=True)
 class Op:
     """inputs(dtype, *shape) -> named tensors, the smallest shape first; function and formula: of those, to outputs by
-    name. constant: inputs without a gradient. rows: those that may be strided. scale: of the errors of a result."""
+    name. constant: inputs without a gradient. rows: those that may be strided. scale: of the errors of a result. context: in
+    which both passes run. only_cuda: the CPU's kernels compute something else."""
 
     kernels: tuple[str, ...]
     shapes: dict[str, tuple]
@@ -21,6 +23,8 @@ class Op:
     rows: tuple[str, ...] = ("x",)
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     scale: dict[str, float] = field(default_factory=dict)
+    context: Callable[[], AbstractContextManager] = nullcontext
+    only_cuda: bool = False
 
 
 def out(function):
@@ -34,6 +38,11 @@ def leaves(op, inputs):
 
 def results(op, function, inputs, douts=None):
     """Outputs and gradients "d<name>", and the gradients that reached the outputs: given, or drawn."""
+    with op.context():
+        return _results(op, function, inputs, douts)
+
+
+def _results(op, function, inputs, douts):
     given = leaves(op, inputs)
     outputs = function(**given)
     found = {name: x.detach() for name, x in outputs.items()}

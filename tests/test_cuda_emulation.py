@@ -302,6 +302,13 @@ def files_run(files):
     )
 
 
+def test_tf32_products_are_their_formula():
+    """Of factors rounded to tf32, to float32's tolerance; the CPU has no such thing, so no room's test runs it."""
+    chosen = "cpu and tf32 and (formula or every_product)"
+    run = emulated("-m", "pytest", "-p", "emulated", "tests/test_cuda_gpu.py", "-m", "", "-k", chosen, "--tb=short")
+    assert run.returncode == 0 and "4 passed" in run.stdout, run.stdout[-4000:] + run.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_rooms_pass_on_the_emulator():
     files = sorted({f"tests/{path.name}" for room in ROOMS for path in (ROOT / "tests").glob(f"test_{room}*.py")})

@@ -31,9 +31,10 @@ def test_nothing_spills(built):
     assert spilled == {}
 
 
-# Kernels that move no packs: they sort, add columns or partial sums, choose tokens, or copy single numbers or bits.
+# Kernels that move no packs: they sort, add columns or partial sums, choose tokens, copy single numbers or bits, or
+# transpose.
 SCALAR = re.compile(
-    r"column_sums|sort_|take_keys|add_partial|pack_mask|attention_dsinks|attention_dropout|choose_tokens"
+    r"column_sums|sort_|take_keys|add_partial|pack_mask|attention_dsinks|attention_dropout|choose_tokens|transpose_rows"
 )
 SMALL_PACKS = re.compile(r"attention_(plain|dbias|weights).*<(bf16|f16)")  # four halves, widened to 16 bytes
 WRITES_NUMBERS = re.compile(r"square_sums|cross_entropy_f|attention_(facts|weights|dbias)")
@@ -48,10 +49,10 @@ def test_packs_are_moved_16_bytes_at_a_time(built):
     assert (reads_none, writes_none) == ([], [])
 
 
-def test_halves_are_multiplied_on_tensor_cores(built):
-    """Two steps of 16 k a stage, 32 products of mma.sync for 8 ldmatrix each, and those before the first stage."""
+def test_halves_and_tf32_are_multiplied_on_tensor_cores(built):
+    """Two steps a stage, of 16 k or of 8 of tf32, 32 mma.sync for 8 ldmatrix each, and those before the first stage."""
     products = {k: n for k, n in built.items() if k.startswith("gemm_halves")}
-    assert len(products) == 12
+    assert len(products) == 12 + 2 and sum("<float" in k for k in products) == 2
     counts = {k: (n["HMMA"], n["LDSM"]) for k, n in products.items()}
     assert set(counts.values()) == {(64, 24)}, counts
     assert min(n["LDGSTS"] for n in products.values()) >= 6  # of a stage: 24 or 16 KB, 16 bytes a thread

@@ -4,12 +4,15 @@ The same checks run on the CPU, where they prove nothing about CUDA but that the
 """
 
 import copy
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import lm_models
 import pytest
 import torch
-from cuda_cases import OPS
+from cuda_cases import OPS, tf32_allowed
 from cuda_op import results
 from lm_training import OPTIONS, SHAPE, changed, losses, make_data
 from tools import VIEWS
@@ -17,6 +20,7 @@ from tools import VIEWS
 from pykern import _C
 from pykern.lm import Config, Trainer
 from pykern.lm.trainer import make_model
+from pykern.ops._library import allows_tf32
 from pykern.optim import AdamW
 from pykern.testing import assert_bitwise, assert_close
 from pykern.testing.compare import OUTPUT, Tolerance
@@ -40,7 +44,13 @@ def op_of(name, device):
     missing = [kernel for kernel in op.kernels if kernel not in cuda_kernels()]
     if device == "cuda" and missing:
         pytest.skip(f"no CUDA kernel {', '.join(missing)} yet")
+    if op.only_cuda and device == "cpu" and "emulated" not in sys.modules:
+        pytest.skip(f"{name} needs a CUDA kernel, and this is the CPU without the emulator")
     return op
+
+
+def bits_of(op):
+    return [dtype for dtype in BITS if dtype in op.dtypes]
 
 
 def moved(inputs, device):
@@ -100,7 +110,7 @@ def test_is_its_formula(name, device):
 def test_rows_may_be_strided(name, device):
     """Rows with gaps full of NaN, rows at odd addresses, transposed matrices."""
     op = op_of(name, device)
-    for dtype in BITS:
+    for dtype in bits_of(op):
         inputs = some_inputs(op, dtype, device, which=-1)
         for view, make in VIEWS.items():
             strided = {n: make(x) if n in op.rows and x.dim() > 1 else x for n, x in inputs.items()}
@@ -112,7 +122,7 @@ def test_rows_may_be_strided(name, device):
 def test_repeats_have_the_same_bits(name, device):
     """Also where memory that was full of NaN is handed out again."""
     op = op_of(name, device)
-    for dtype in BITS:
+    for dtype in bits_of(op):
         for which in range(len(op.shapes)):
             inputs = some_inputs(op, dtype, device, which)
             first, douts = results(op, op.function, inputs)
@@ -151,12 +161,48 @@ def side_stream(device):
     return stream, torch.cuda.stream(stream)
 
 
+TF32 = {  # results of products, and of what follows them
+    "mlp": ("out", "dx", "dup_weight", "ddown_weight", "dup_bias"),
+    "mlp, gated": ("out", "dx", "dup_weight", "dgate_weight", "ddown_weight"),
+    "linear_cross_entropy": ("out", "dx", "dweight"),
+}
+
+
+@both_devices
+@pytest.mark.parametrize("name", TF32)
+def test_tf32_is_of_every_product(name, device):
+    """Each result differs from that of float32, whose bits repeat, and by no more than a few 2^-11 of the largest."""
+    op = op_of(name, device)
+    if device == "cpu" and "emulated" not in sys.modules:
+        pytest.skip("the CPU has no tf32")
+    inputs = some_inputs(op, torch.float32, device)
+    exact, douts = results(op, op.function, inputs)
+    rounded, _ = results(replace(op, context=tf32_allowed), op.function, inputs, douts)
+    for result in TF32[name]:
+        difference = float((rounded[result] - exact[result]).abs().max() / exact[result].abs().max())
+        assert 0 < difference < 2**-7, (result, difference)
+
+
+def test_tf32_is_asked_of_torch():
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert allows_tf32(x)
+        assert not allows_tf32(SimpleNamespace(is_cuda=True, dtype=torch.float64))
+        assert not allows_tf32(torch.ones(1))
+        torch.set_float32_matmul_precision("highest")
+        assert not allows_tf32(x)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @both_devices
 @every_op
 def test_runs_on_the_current_stream(name, device):
     """The inputs are written on that stream after a long wait: a kernel on another stream would read what was there."""
     op = op_of(name, device)
-    for dtype in BITS:
+    for dtype in bits_of(op):
         inputs = some_inputs(op, dtype, device)
         wanted, douts = results(op, op.function, inputs)
         late = {n: torch.zeros_like(x) if x.is_floating_point() else x.clone() for n, x in inputs.items()}
@@ -201,7 +247,7 @@ def captured(device, compute):
 def test_can_be_captured_in_a_graph(name, device):
     """A replay computes on what the inputs hold at that time."""
     op = op_of(name, device)
-    for dtype in BITS:
+    for dtype in bits_of(op):
         inputs = some_inputs(op, dtype, device)
         _, douts = results(op, op.function, inputs)
         static = {n: x.clone() for n, x in inputs.items()}
@@ -221,7 +267,7 @@ def test_can_be_captured_in_a_graph(name, device):
 def test_small_for_the_sanitizer(name, device):
     """A process under compute-sanitizer runs this alone: the smallest shape, forward and backward."""
     op = op_of(name, device)
-    for dtype in BITS:
+    for dtype in bits_of(op):
         found, _ = results(op, op.function, some_inputs(op, dtype, device))
         assert all(x.cpu().isfinite().all() for x in found.values())
 

@@ -245,6 +245,11 @@ def test_explain_says_what_would_run_on_cuda(monkeypatch):
     emulated = "swiglu: CUDA kernel swiglu_forward, bfloat16, tested on an emulator, not yet on a GPU; "
     assert pykern.explain("swiglu", OnCuda()).startswith(emulated)
     monkeypatch.setitem(config._KERNELS, "rope", "roofline_read")
+    x = OnCuda()
+    x.dtype, x.is_cuda = torch.float32, True
+    assert "linear_forward, float32, " in pykern.explain("linear", x)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    assert "linear_forward, float32 in tf32, which torch allows, " in pykern.explain("linear", x)
     assert pykern.explain("rope", OnCuda()) == "rope: raises, because pykern has no CUDA kernel for it yet"
     assert pykern.explain("merge_attention", OnCuda()).startswith("merge_attention: torch functions")
 

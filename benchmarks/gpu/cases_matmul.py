@@ -1,13 +1,14 @@
-"""Linear layers: products alone, with what can be fused behind them, and their gradients. bfloat16, 8192 tokens."""
+"""Linear layers: products alone, with what can be fused behind them, and their gradients. 8192 tokens, bfloat16 or tf32."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.case import BACKWARD, FORWARD, OURS, TRAINING, Case, Maker, Source
+from benchmarks.gpu.case import BACKWARD, FORWARD, OURS, TRAINING, Case, Maker, Source, Within
 from benchmarks.gpu.makers import eager, ours, rivals
 
 BF16 = torch.bfloat16
@@ -18,15 +19,18 @@ SHAPES = [  # M, K, N: layers of GPT-2 and its larger relatives, a square, the h
 EPILOGUE_SHAPES = [(8192, 768, 3072), (8192, 1600, 6400), (8192, 4096, 16384)]
 RESIDUAL_SHAPES = [(8192, 3072, 768), (8192, 6400, 1600), (8192, 16384, 4096)]
 GRADIENT_SHAPES = [(8192, 768, 3072), (8192, 3072, 768), (8192, 1600, 6400), (8192, 4096, 4096)]
+TF32_SHAPES = [(8192, 768, 3072), (8192, 4096, 4096)]
 TINY = [(6, 16, 24)]
 KERNELS = ("linear_forward", "linear_backward")
 
 
-def inputs(M: int, K: int, N: int, bias: bool = False, residual: bool = False) -> Callable[[Source], tuple]:
+def inputs(
+    M: int, K: int, N: int, bias: bool = False, residual: bool = False, dtype: torch.dtype = BF16
+) -> Callable[[Source], tuple]:
     """x, weight, bias, residual"""
 
     def make(source: Source) -> tuple:
-        found = [source.leaf(M, K), source.leaf(N, K, spread=K**-0.5)]
+        found = [source.leaf(M, K, dtype=dtype), source.leaf(N, K, dtype=dtype, spread=K**-0.5)]
         return (*found, *([source.leaf(N)] if bias else []), *([source.leaf(M, N)] if residual else []))
 
     return make
@@ -52,6 +56,41 @@ def plain_cases(tiny: bool) -> Iterator[Case]:
             {"torch": eager(F.linear), OURS: ours("linear")},
             KERNELS,
         )
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Products of float32 may round their factors, in torch and in pykern, which asks torch."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def in_tf32(maker: Maker) -> Maker:
+    def make() -> Within:
+        function = maker()
+
+        def call(*inputs: Tensor) -> Any:
+            with tf32():
+                return function(*inputs)
+
+        return Within(call, tf32)
+
+    return make
+
+
+def tf32_cases(tiny: bool) -> Iterator[Case]:
+    """Backward pykern transposes copies of the factors of both gradients first, so that k is contiguous."""
+    for i, (M, K, N) in enumerate(TINY if tiny else TF32_SHAPES):
+        for mode in (FORWARD, BACKWARD):
+            yield Case(
+                *("linear, tf32", "G1", 4 + i, torch.float32, f"M{M} K{K} N{N}"),
+                *(2.0 * moved(M, K, N, mode), flops(M, K, N, mode), inputs(M, K, N, dtype=torch.float32)),
+                *({"torch": in_tf32(eager(F.linear)), OURS: in_tf32(ours("linear"))}, KERNELS, mode),
+            )
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -152,6 +191,7 @@ def accumulation_cases(tiny: bool) -> Iterator[Case]:
 
 def cases(tiny: bool) -> Iterator[Case]:
     yield from plain_cases(tiny)
+    yield from tf32_cases(tiny)
     yield from epilogue_cases(tiny)
     yield from gradient_cases(tiny)
     yield from accumulation_cases(tiny)

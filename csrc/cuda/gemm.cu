@@ -70,16 +70,57 @@ void copy_rows(Tensor from, Tensor pre, Tensor to, Activation activation, Stream
                 activation});
 }
 
-// A factor whose rows can be read 16 bytes at a time: itself, or a copy of it.
+// ---- transposed copies
+
+struct Transposition {
+  const float* from;
+  float* to;
+  int64_t rows, columns, from_stride, to_stride;  // of `from`
+};
+
+constexpr int kTurned = 32;  // rows and columns of a tile
+
+// to[j][i] = from[i][j]: a block takes a tile through shared memory, both sides in whole lines.
+__global__ void __launch_bounds__(kTurned * 8) transpose_rows(const Transposition a) {
+  struct Tile {
+    float of[kTurned][kTurned + 1];
+  };
+  auto& tile = shared_memory<Tile>().of;
+  const int64_t tiles = (a.columns + kTurned - 1) / kTurned, row = quotient(blockIdx.x, tiles);
+  const int64_t i0 = row * kTurned, j0 = (blockIdx.x - row * tiles) * kTurned;
+  const int across = threadIdx.x % kTurned, down = threadIdx.x / kTurned;
+#pragma unroll
+  for (int k = down; k < kTurned; k += 8)
+    if (i0 + k < a.rows && j0 + across < a.columns)
+      tile[k][across] = a.from[(i0 + k) * a.from_stride + j0 + across];
+  __syncthreads();
+#pragma unroll
+  for (int k = down; k < kTurned; k += 8)
+    if (j0 + k < a.columns && i0 + across < a.rows)
+      a.to[(j0 + k) * a.to_stride + i0 + across] = tile[across][k];
+}
+
+// A factor whose rows can be read 16 bytes at a time: itself, or a copy of it, or its transpose.
 class Aligned {
  public:
-  Aligned(const Matrix& m, Stream stream)
+  Aligned(const Matrix& m, bool turned, Stream stream)
       : matrix_(m),
-        stride_(ceil_div(m.columns, 8) * 8),
-        memory_(!aligned(m) ? m.rows * stride_ * item_size(m.dtype) : 0, stream) {
+        stride_(ceil_div(turned ? m.rows : m.columns, 8) * 8),
+        memory_(turned || !aligned(m) ? (turned ? m.columns : m.rows) * stride_ * item_size(m.dtype)
+                                      : 0,
+                stream) {
     if (!memory_.at<void>()) return;
     const Tensor from = tensor_of(m, {});
     matrix_.data = memory_.at<void>(), matrix_.stride = stride_;
+    if (turned) {
+      const Grid grid{.blocks = dim3(ceil_div(m.columns, kTurned) * ceil_div(m.rows, kTurned)),
+                      .threads = dim3(kTurned * 8),
+                      .shared = sizeof(float) * kTurned * (kTurned + 1)};
+      launch("transpose_rows", transpose_rows, grid, stream,
+             Transposition{static_cast<const float*>(m.data), memory_.at<float>(), m.rows,
+                           m.columns, m.stride, stride_});
+      return;
+    }
     with_type(m.dtype, [&]<class T>(T) {
       copy_rows<T>(from, {}, tensor_of(matrix_, {}), Activation::none, stream);
     });
@@ -153,7 +194,8 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
   const int64_t M = a_by_k ? a.rows : a.columns, N = b_by_k ? b.rows : b.columns;
   const int64_t K = a_by_k ? a.columns : a.rows;
   if (M == 0 || N == 0) return;
-  const Aligned left(a, stream), right(b, stream);
+  const bool tf32 = sizeof(T) == sizeof(float) && after.tf32;
+  const Aligned left(a, tf32 && !a_by_k, stream), right(b, tf32 && !b_by_k, stream);
   const int64_t length = length_of_parts(layout, M, N, K), parts = K > 0 ? ceil_div(K, length) : 1;
   const Workspace partial(parts > 1 ? parts * M * N * sizeof(Compute<T>) : 0, stream);
   Product<T> product{.a = {left.matrix().data, M, left.matrix().stride},
@@ -186,11 +228,17 @@ void run(const char* what, const Matrix& a, const Matrix& b, const After& after,
       return add();
     }
   }
-  if constexpr (sizeof(T) == 2) {
+  const auto start_tensor_cores = [&](auto wide, auto narrow) {
     if (takes_wide_tiles(M, N, parts))
-      start(gemm_halves<T, a_by_k, b_by_k, 256>, kTileRows, 256, 256, sizeof(Stages<T, 256>));
+      start(wide, kTileRows, 256, 256, sizeof(Stages<T, 256>));
     else
-      start(gemm_halves<T, a_by_k, b_by_k, 128>, kTileRows, 128, 128, sizeof(Stages<T, 128>));
+      start(narrow, kTileRows, 128, 128, sizeof(Stages<T, 128>));
+  };
+  if constexpr (sizeof(T) == 2) {
+    start_tensor_cores(gemm_halves<T, a_by_k, b_by_k, 256>, gemm_halves<T, a_by_k, b_by_k, 128>);
+  } else if (tf32) {
+    if constexpr (sizeof(T) == sizeof(float))
+      start_tensor_cores(gemm_halves<T, true, true, 256>, gemm_halves<T, true, true, 128>);
   } else {
     start(gemm_plain<T, a_by_k, b_by_k>, kPlainTile<T>, kPlainTile<T>, kPlainThreads,
           sizeof(PlainShared<T>));

@@ -23,6 +23,7 @@ Tensor tensor_of(const Matrix& m, const Tensor& like);  // [rows, columns] on th
 struct After {
   Tensor out = {}, bias = {}, residual = {}, pre = {};
   Activation activation = Activation::none;
+  bool tf32 = false;  // of float32 factors only 10 bits behind the point are multiplied
 };
 
 // BLAS's letters: n for a factor as it is, t for its transpose.

@@ -1,27 +1,33 @@
 // Products of halves by mma.sync: 128 rows of C per block and 128 or 256 columns, 64 x 64 per warp,
 // four stages of 32 k under way by cp.async, the fragments of 16 k read while those before are
-// multiplied.
+// multiplied. Of floats, which tensor cores read as tf32, half as many k in the same bytes: a word
+// is a float where it is two halves, so both factors lie with k contiguous.
 #pragma once
 #include "cuda/gemm.cuh"
 #include "cuda/mma.cuh"
 
 namespace pykern::cuda {
 
-constexpr int kTileRows = 128, kDepth = 32, kStages = 4;
-constexpr int kWarpTile = 64;  // rows and columns of a warp
+constexpr int kTileRows = 128, kStages = 4;
+template <class T>
+constexpr int kDepth = 64 / sizeof(T);  // k of a stage
+template <class T>
+constexpr int kChunkOf = 16 / sizeof(T);  // numbers
+constexpr int kWarpTile = 64;             // rows and columns of a warp
 
 // Threads of a block are as many as columns: two warps up, kColumns / 64 across.
 template <class T, int kColumns>
 struct Stages {
-  alignas(128) T a[kStages][kTileRows * kDepth], b[kStages][kColumns * kDepth];
+  alignas(128) T a[kStages][kTileRows * kDepth<T>], b[kStages][kColumns * kDepth<T>];
 };
 
-// A stage of a factor is [row][k] where k is contiguous, else [k][row], in chunks of 8 numbers that
+// A stage of a factor is [row][k] where k is contiguous, else [k][row], in chunks of 16 bytes that
 // are permuted within a line so that eight that ldmatrix reads at once are in different banks.
-template <bool k_contiguous, int kRows>
+template <class T, bool k_contiguous, int kRows>
 struct StageLayout {
-  static constexpr int kPerLine = (k_contiguous ? kDepth : kRows) / kChunk;
-  static constexpr int kLines = k_contiguous ? kRows : kDepth;
+  static_assert(k_contiguous || sizeof(T) == 2, "ldmatrix transposes halves");
+  static constexpr int kPerLine = (k_contiguous ? kDepth<T> : kRows) / kChunkOf<T>;
+  static constexpr int kLines = k_contiguous ? kRows : kDepth<T>;
 
   __device__ __forceinline__ static int swizzle(int line) {
     return k_contiguous ? line / 2 % 4 : line % 8;
@@ -32,7 +38,8 @@ struct StageLayout {
 // lines.
 template <class T, bool k_contiguous, int kRows, int kThreads>
 class Fetcher {
-  using Layout = StageLayout<k_contiguous, kRows>;
+  using Layout = StageLayout<T, k_contiguous, kRows>;
+  static constexpr int kChunk = kChunkOf<T>;
   static constexpr int kStep = kThreads / Layout::kPerLine;
   static_assert(kStep % 8 == 0);  // so a thread's lines have one swizzle
 
@@ -40,7 +47,7 @@ class Fetcher {
   static constexpr int kTimes = Layout::kLines / kStep;
 
   __device__ __forceinline__ Fetcher(const Factor& f, int64_t first_row, int64_t first_k)
-      : step_(kStep * f.stride), depth_(k_contiguous ? kDepth : kDepth * f.stride) {
+      : step_(kStep * f.stride), depth_(k_contiguous ? kDepth<T> : kDepth<T> * f.stride) {
     const int line = threadIdx.x / Layout::kPerLine, chunk = threadIdx.x % Layout::kPerLine;
     const int64_t outer = (k_contiguous ? first_row : first_k) + line;
     const int64_t inner = (k_contiguous ? first_k : first_row) + chunk * kChunk;
@@ -51,7 +58,7 @@ class Fetcher {
     rows_left_ = kept(static_cast<int>(left < kRows ? left : kRows));
   }
 
-  // The lines of time i of the kDepth of k of which `left` exist; what is not there becomes 0.
+  // The lines of time i of a stage's k of which `left` exist; what is not there becomes 0.
   __device__ __forceinline__ void operator()(int i, int left, T* stage) const {
     const int k_left = left - before_k_;
     const int outer_left = k_contiguous ? rows_left_ : k_left;
@@ -68,11 +75,12 @@ class Fetcher {
   int to_, before_k_, rows_left_;
 };
 
-// Reads a warp's fragments: number i is 16 rows by 16 k, as a left factor of mma or as two right
-// ones.
+// Reads a warp's fragments: number i is 16 rows by two chunks of k, as a left factor of mma or as
+// two right ones. Floats are rounded to tf32 here: mma would cut them.
 template <class T, bool k_contiguous, int kRows, bool left>
 class Reader {
-  using Layout = StageLayout<k_contiguous, kRows>;
+  using Layout = StageLayout<T, k_contiguous, kRows>;
+  static constexpr int kChunk = kChunkOf<T>;
 
  public:
   __device__ __forceinline__ explicit Reader(int first_row) {
@@ -88,6 +96,9 @@ class Reader {
       ldmatrix_x4(r, stage + (line_ + 16 * i * Layout::kPerLine + (half_ ^ k / kChunk)) * kChunk);
     else
       ldmatrix_x4_trans(r, stage + (line_ + k * Layout::kPerLine + (half_ ^ 2 * i)) * kChunk);
+    if constexpr (sizeof(T) == sizeof(float))
+#pragma unroll
+      for (int j = 0; j < 4; ++j) r[j] = tf32_bits(__uint_as_float(r[j]));
   }
 
  private:
@@ -112,12 +123,13 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
   const int up = warp % 2 * kWarpTile, across = warp / 2 * kWarpTile;
 
   const int64_t K = p.end_k() - p.first_k();
-  const int depths = static_cast<int>((K + kDepth - 1) / kDepth);
+  constexpr int kHalfDepth = kDepth<T> / 2;
+  const int depths = static_cast<int>((K + kDepth<T> - 1) / kDepth<T>);
   Fetcher<T, a_by_k, kTileRows, kThreads> fetch_a(p.a, m0, p.first_k());
   Fetcher<T, b_by_k, kColumns, kThreads> fetch_b(p.b, n0, p.first_k());
   constexpr int kTimesA = decltype(fetch_a)::kTimes, kTimesB = decltype(fetch_b)::kTimes;
   const auto left_at = [&](int depth) {  // of k; none behind the last depth
-    return depth + 1 < depths ? kDepth : static_cast<int>(K - int64_t(depth) * kDepth);
+    return depth + 1 < depths ? kDepth<T> : static_cast<int>(K - int64_t(depth) * kDepth<T>);
   };
   const auto commit = [&] {
     fetch_a.advance();
@@ -151,9 +163,9 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
 #pragma unroll
   for (int i = 0; i < kUp; ++i) read(0, stages.a[0], stages.b[0], i, 0);
 
-  // A depth is two times 16 k: while the first is multiplied the second is read and a later depth
-  // is asked for, to where the one before was, which all have read; while the second is multiplied
-  // the next depth's first is read.
+  // A depth is two times two chunks of k: while the first is multiplied the second is read and a
+  // later depth is asked for, to where the one before was, which all have read; while the second is
+  // multiplied the next depth's first is read.
 #pragma unroll 1
   for (int depth = 0; depth < depths; ++depth) {
     const T *left = stages.a[depth % kStages], *right = stages.b[depth % kStages];
@@ -162,7 +174,7 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
     const int later_left = left_at(depth + kStages - 1);
 #pragma unroll
     for (int i = 0; i < kUp; ++i) {
-      read(1, left, right, i, kDepth / 2);
+      read(1, left, right, i, kHalfDepth);
       if (i < kTimesA) fetch_a(i, later_left, later_a);
       if (i < kTimesB) fetch_b(i, later_left, later_b);
       multiply_row(0, i);
@@ -196,7 +208,7 @@ __global__ void __launch_bounds__(kColumns, kColumns == 128 ? 2 : 1)
                 sum[i][j][r];
     }
     __syncthreads();
-    finish_rows<kChunk>(p, sums.of, kColumns, m0 + half * kWarpTile, n0);
+    finish_rows<kPack<T>>(p, sums.of, kColumns, m0 + half * kWarpTile, n0);
   }
 }
 

@@ -11,7 +11,7 @@ void linear_forward(const LinearForward& op, Stream stream) {
   const OnDevice device(op.x);
   const Rounded weight(op.weight, op.x.dtype, stream);
   gemm("linear_forward", Layout::nt, matrix_of(op.x), weight,
-       {op.out, op.bias, op.residual, op.pre, op.activation}, stream);
+       {op.out, op.bias, op.residual, op.pre, op.activation, op.tf32}, stream);
 }
 
 void linear_backward(const LinearBackward& op, Stream stream) {
@@ -19,10 +19,11 @@ void linear_backward(const LinearBackward& op, Stream stream) {
   const Rounded dz(op.dout, op.x.dtype, op.pre, op.activation, stream);
   if (op.dx.given) {
     const Rounded weight(op.weight, op.x.dtype, stream);
-    gemm("linear_backward", Layout::nn, dz, weight, {.out = op.dx}, stream);
+    gemm("linear_backward", Layout::nn, dz, weight, {.out = op.dx, .tf32 = op.tf32}, stream);
   }
   if (op.dweight.given)
-    gemm("linear_backward", Layout::tn, dz, matrix_of(op.x), {.out = op.dweight}, stream);
+    gemm("linear_backward", Layout::tn, dz, matrix_of(op.x), {.out = op.dweight, .tf32 = op.tf32},
+         stream);
   sum_rows(dz, op.dbias, stream);
 }
 

@@ -112,7 +112,8 @@ void linear_cross_entropy(const LinearCrossEntropy& op, Stream stream) {
     const Tensor lse = vector(lse_memory, n, DType::f64, op.x);
     const Tensor loss =
         op.loss.given ? part(op.loss, first, n) : vector(loss_memory, n, wide, op.x);
-    gemm(kName, Layout::nt, matrix_of(x), weight, {.out = logits, .bias = op.bias}, stream);
+    gemm(kName, Layout::nt, matrix_of(x), weight, {.out = logits, .bias = op.bias, .tf32 = op.tf32},
+         stream);
     cross_entropy_forward({logits, target, loss, lse, op.options}, stream);
     if (!gradients) continue;
 
@@ -121,7 +122,7 @@ void linear_cross_entropy(const LinearCrossEntropy& op, Stream stream) {
                            stream);
     if (op.dx.given) {
       const Tensor dx = part(op.dx, first, n);
-      gemm(kName, Layout::nn, matrix_of(dlogits), weight, {.out = dx}, stream);
+      gemm(kName, Layout::nn, matrix_of(dlogits), weight, {.out = dx, .tf32 = op.tf32}, stream);
       // 0 even where weight is not finite
       copy_without_ignored(dx, dx, target, op.options.ignore_index, stream);
     }
@@ -130,7 +131,9 @@ void linear_cross_entropy(const LinearCrossEntropy& op, Stream stream) {
       copy_without_ignored(x, seen, target, op.options.ignore_index, stream);
       const Tensor sums = own_sums ? packed(dweight_memory, V, K, wide, op.x) : op.dweight;
       gemm(kName, Layout::tn, matrix_of(dlogits), matrix_of(seen),
-           {.out = set + 1 == sets ? op.dweight : sums, .residual = set > 0 ? sums : Tensor{}},
+           {.out = set + 1 == sets ? op.dweight : sums,
+            .residual = set > 0 ? sums : Tensor{},
+            .tf32 = op.tf32},
            stream);
     }
     if (op.dbias.given) {

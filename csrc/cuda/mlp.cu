@@ -75,15 +75,22 @@ void mlp_forward(const MlpForward& op, Stream stream) {
         own_gate(op.x, M, H, !op.gate.given, stream);
     const Tensor up = op.up.given ? flat(op.up) : own_up.tensor;
     const Tensor gate = op.gate.given ? flat(op.gate) : own_gate.tensor;
-    gemm("mlp_forward", Layout::nt, x, gate_weight, {.out = gate, .bias = op.gate_bias}, stream);
-    gemm("mlp_forward", Layout::nt, x, up_weight, {.out = up, .bias = op.up_bias}, stream);
+    gemm("mlp_forward", Layout::nt, x, gate_weight,
+         {.out = gate, .bias = op.gate_bias, .tf32 = op.tf32}, stream);
+    gemm("mlp_forward", Layout::nt, x, up_weight, {.out = up, .bias = op.up_bias, .tf32 = op.tf32},
+         stream);
     elementwise("mlp_forward", {gate, up}, {h.tensor}, Gated{op.activation}, stream);
   } else {
     gemm("mlp_forward", Layout::nt, x, up_weight,
-         {.out = h.tensor, .bias = op.up_bias, .pre = op.up, .activation = op.activation}, stream);
+         {.out = h.tensor,
+          .bias = op.up_bias,
+          .pre = op.up,
+          .activation = op.activation,
+          .tf32 = op.tf32},
+         stream);
   }
   gemm("mlp_forward", Layout::nt, matrix_of(h.tensor), down_weight,
-       {.out = op.out, .bias = op.down_bias, .residual = op.residual}, stream);
+       {.out = op.out, .bias = op.down_bias, .residual = op.residual, .tf32 = op.tf32}, stream);
 }
 
 void mlp_backward(const MlpBackward& op, Stream stream) {
@@ -96,7 +103,7 @@ void mlp_backward(const MlpBackward& op, Stream stream) {
 
   const Hidden h(op.x, M, H, true, stream), dh(op.x, M, H, true, stream),
       dup(op.x, M, H, true, stream), dgate(op.x, M, H, gated, stream);
-  gemm("mlp_backward", Layout::nn, dout, down_weight, {.out = dh.tensor}, stream);
+  gemm("mlp_backward", Layout::nn, dout, down_weight, {.out = dh.tensor, .tf32 = op.tf32}, stream);
   if (gated)
     elementwise("mlp_backward", {flat(op.gate), flat(op.up), dh.tensor},
                 {h.tensor, dup.tensor, dgate.tensor}, GatedBetween{op.activation}, stream);
@@ -112,16 +119,19 @@ void mlp_backward(const MlpBackward& op, Stream stream) {
       const Workspace memory(M * x.columns * item_size(wide), stream);
       const Tensor first = tensor_of(matrix_at(memory.at<void>(), M, x.columns, wide), op.x);
       const Rounded gate_weight(op.gate_weight, dtype, stream);
-      gemm("mlp_backward", Layout::nn, gate_gradient, gate_weight, {.out = first}, stream);
-      gemm("mlp_backward", Layout::nn, up_gradient, up_weight, {.out = op.dx, .residual = first},
+      gemm("mlp_backward", Layout::nn, gate_gradient, gate_weight, {.out = first, .tf32 = op.tf32},
            stream);
+      gemm("mlp_backward", Layout::nn, up_gradient, up_weight,
+           {.out = op.dx, .residual = first, .tf32 = op.tf32}, stream);
     } else {
-      gemm("mlp_backward", Layout::nn, up_gradient, up_weight, {.out = op.dx}, stream);
+      gemm("mlp_backward", Layout::nn, up_gradient, up_weight, {.out = op.dx, .tf32 = op.tf32},
+           stream);
     }
   }
   const auto parameters = [&](const Matrix& dy, const Matrix& from, const Tensor& dweight,
                               const Tensor& dbias) {
-    if (dweight.given) gemm("mlp_backward", Layout::tn, dy, from, {.out = dweight}, stream);
+    if (dweight.given)
+      gemm("mlp_backward", Layout::tn, dy, from, {.out = dweight, .tf32 = op.tf32}, stream);
     sum_rows(dy, dbias, stream);
   };
   parameters(up_gradient, x, op.dup_weight, op.dup_bias);

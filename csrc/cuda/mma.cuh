@@ -1,4 +1,4 @@
-// Products of halves by mma.sync, and halves two to a register.
+// Products by mma.sync, and halves two to a register.
 #pragma once
 #include "cuda/types.cuh"
 
@@ -14,6 +14,11 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1, f16) {
   mma_f16(d, a, b0, b1);
+}
+// d [16, 8] += a [16, 8] b [8, 8], of numbers rounded to tf32
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1, float) {
+  mma_tf32(d, a, b0, b1);
 }
 
 // The first in the low bits

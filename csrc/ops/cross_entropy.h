@@ -32,6 +32,7 @@ struct LinearCrossEntropy {
   Tensor x, weight, bias, target;
   Tensor loss, dloss, dx, dweight, dbias;
   CrossEntropyOptions options;
+  bool tf32 = false;
 };
 
 void check(const CrossEntropyForward& op);

@@ -14,6 +14,7 @@ struct LinearForward {
   Tensor x, weight, bias, residual;
   Tensor out, pre;
   Activation activation;
+  bool tf32 = false;
 };
 
 // dz = dout activation'(pre);  dx = dz weight;  dweight = dz^T x;  dbias = sum of the rows of dz
@@ -21,6 +22,7 @@ struct LinearBackward {
   Tensor x, weight, pre, dout;
   Tensor dx, dweight, dbias;  // those not wanted are not given
   Activation activation;
+  bool tf32 = false;
 };
 
 void check(const LinearForward& op);

@@ -13,6 +13,7 @@ struct MlpForward {
   Tensor x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bias, residual;
   Tensor out, up, gate;
   Activation activation;
+  bool tf32 = false;
 };
 
 // dh = dout down_weight, at once times what makes it the gradient of up, or of up and gate:
@@ -23,6 +24,7 @@ struct MlpBackward {
   // those not wanted are not given
   Tensor dx, dup_weight, dup_bias, dgate_weight, dgate_bias, ddown_weight, ddown_bias;
   Activation activation;
+  bool tf32 = false;
 };
 
 void check(const MlpForward& op);

@@ -44,6 +44,14 @@ def is_plain(args: Sequence) -> bool:
     )
 
 
+def allows_tf32(x: Tensor) -> bool:
+    """Whether torch lets products of float32 on CUDA round their factors to tf32: torch.backends.cuda.matmul says."""
+    if not x.is_cuda or x.dtype != torch.float32:
+        return False
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def wants_grad(args: Sequence) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
 

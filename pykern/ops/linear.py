@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
+    allows_tf32,
     define,
     differentiable,
     empty_packed,
@@ -41,6 +42,7 @@ def _forward(x, weight, bias, residual, activation, keep_pre):
         out.view(*rows.shape[:-1], out.shape[-1]),
         None if pre is None else pre.view(*rows.shape[:-1], out.shape[-1]),
         activation=activation,
+        tf32=allows_tf32(x),
     )
     return out, pre
 
@@ -65,6 +67,7 @@ def _backward(x, weight, bias, pre, dout, activation, wanted):
         dweight,
         dbias,
         activation=activation,
+        tf32=allows_tf32(x),
     )
     return None if dx is None else dx.view(x.shape), dweight, dbias
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
+    allows_tf32,
     define,
     differentiable,
     empty_packed,
@@ -40,6 +41,7 @@ def _run(x, weight, bias, target, loss, dloss, grads, ignore_index, label_smooth
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        tf32=allows_tf32(x),
     )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pykern.ops._library import (
     _C,
+    allows_tf32,
     define,
     differentiable,
     empty_packed,
@@ -42,6 +43,7 @@ def _forward(x, up_weight, up_bias, gate_weight, gate_bias, down_weight, down_bi
         _like_rows(up, rows),
         _like_rows(gate, rows),
         activation=activation,
+        tf32=allows_tf32(x),
     )
     return out, up, gate
 
@@ -71,6 +73,7 @@ def _backward(
         _like_rows(dx, rows),
         *rest,
         activation=activation,
+        tf32=allows_tf32(x),
     )
     return gradients
 
