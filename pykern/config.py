@@ -90,6 +90,15 @@ _VERIFIED = {
 }
 
 
+def allows_tf32(x: Any) -> bool:
+    """Whether torch lets products of x round their factors to tf32, if it is float32 on CUDA: torch.backends says."""
+    torch = sys.modules.get("torch")
+    if torch is None or not getattr(x, "is_cuda", False) or x.dtype != torch.float32:
+        return False
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def _explain_cuda(op: str, first: Any, dtype: str) -> str:
     kernel = _KERNELS.get(op, "attention_forward")
     if kernel is None:
@@ -101,10 +110,8 @@ def _explain_cuda(op: str, first: Any, dtype: str) -> str:
     tested = "tested on an emulator, not yet on a GPU"
     if kernel in _VERIFIED:
         tested = "verified on an H200"
-    if hasattr(first, "is_cuda") and op in ("linear", "mlp", "linear_cross_entropy"):
-        from pykern.ops._library import allows_tf32
-
-        dtype = "float32 in tf32, which torch allows" if allows_tf32(first) else dtype
+    if op in ("linear", "mlp", "linear_cross_entropy") and allows_tf32(first):
+        dtype = "float32 in tf32, which torch allows"
     return f"{op}: CUDA kernel {kernel}, {dtype}, {tested}; the CUDA kernels are {_C.cuda_status()}"
 
 

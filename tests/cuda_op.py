@@ -11,8 +11,8 @@ from tools import draw
 @dataclass(frozen=True)
 class Op:
     """inputs(dtype, *shape) -> named tensors, the smallest shape first; function and formula: of those, to outputs by
-    name. constant: inputs without a gradient. rows: those that may be strided. scale: of the errors of a result. context: in
-    which both passes run. only_cuda: the CPU's kernels compute something else."""
+    name. constant: inputs without a gradient. rows: those that may be strided. scale: of the errors of a result.
+    context: in which both passes run. only_cuda: the CPU's kernels compute something else."""
 
     kernels: tuple[str, ...]
     shapes: dict[str, tuple]

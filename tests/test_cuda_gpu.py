@@ -18,9 +18,9 @@ from lm_training import OPTIONS, SHAPE, changed, losses, make_data
 from tools import VIEWS
 
 from pykern import _C
+from pykern.config import allows_tf32
 from pykern.lm import Config, Trainer
 from pykern.lm.trainer import make_model
-from pykern.ops._library import allows_tf32
 from pykern.optim import AdamW
 from pykern.testing import assert_bitwise, assert_close
 from pykern.testing.compare import OUTPUT, Tolerance

@@ -1,4 +1,4 @@
-"""Linear layers: products alone, with what can be fused behind them, and their gradients. 8192 tokens, bfloat16 or tf32."""
+"""Linear layers: products alone, with what can be fused behind them, and their gradients. 8192 tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.utils.dlpack import from_dlpack
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
+from pykern.config import allows_tf32 as allows_tf32
 
 _library = torch.library.Library("pykern", "DEF")
 below_autograd_guard = torch._C._AutoDispatchBelowAutograd
@@ -42,14 +43,6 @@ def is_plain(args: Sequence) -> bool:
         or torch.autograd._profiler_enabled()
         or forward_ad._current_level >= 0
     )
-
-
-def allows_tf32(x: Tensor) -> bool:
-    """Whether torch lets products of float32 on CUDA round their factors to tf32: torch.backends.cuda.matmul says."""
-    if not x.is_cuda or x.dtype != torch.float32:
-        return False
-    matmul = torch.backends.cuda.matmul
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def wants_grad(args: Sequence) -> bool:
