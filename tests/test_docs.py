@@ -98,6 +98,54 @@ def test_the_site_is_built_and_fetches_nothing(tmp_path):
     assert "def apply_fwd" in re.sub(r"<[^>]+>", "", (out / "source/pykern/tape/engine.py.html").read_text("utf-8"))
 
 
+# ---- the pictures
+
+
+def plots():
+    spec = importlib.util.spec_from_file_location("plots", ROOT / "docs" / "plots.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plots"] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_are_small():
+    pictures = list((ROOT / "docs").glob("*.png"))
+    assert len(pictures) >= 5 and all(picture.stat().st_size < 100_000 for picture in pictures)
+    used = {link for page in PAGES for link in links(TEXTS[page])}
+    assert all(picture.name in used or f"docs/{picture.name}" in used for picture in pictures)
+
+
+def test_roofline_points_are_those_of_the_results(tmp_path):
+    row = {"bench": "linear", "case": "a", "dtype": "float32", "threads": 2, "flops": 8e9, "moved": 4e9, "seconds": 2.0}
+    rows = [row | {"who": "pykern"}, row | {"who": "torch", "seconds": 4.0}, row | {"who": "other", "seconds": 3.0}]
+    rows.append(row | {"who": "pykern", "bench": "adamw", "flops": 0.0})
+    flops = {"float32": 5e10, "bfloat16": 1e11}
+    roofline = [
+        {"threads": 2, "flops": flops, "read": {"1024": 9e10, "16384": 2e10}},
+        {"threads": 1, "flops": {}, "read": {}},
+    ]
+    machine = {"processor": "p", "isa": "v3", "torch": "2"}
+    document = {"machine": machine, "roofline": roofline, "results": rows}
+    found = plots().points([document])
+    assert {(p.bench, p.ours, p.intensity, p.rate) for p in found} == {
+        ("linear", True, 2.0, 4e9),
+        ("linear", False, 2.0, 8e9 / 3),  # the faster of the two
+    }
+    roofs = plots().roofs([document, document | {"roofline": [roofline[0] | {"read": {"16384": 3e10}}]}], 2)
+    assert roofs.flops == flops and roofs.read == (2e10, 3e10)
+    plots().plot([document], tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_roofline_refuses_files_of_other_thread_counts():
+    results = ROOT / "benchmarks" / "results"
+    files = [results / "zen4_2threads_attention.json", results / "zen4_1thread_attention.json"]
+    with pytest.raises(ValueError, match=r"results of \[1, 2\] threads, expected one"):
+        plots().read_results(files)
+    assert len(plots().points(plots().read_results(files[:1]))) > 50
+
+
 # ---- what a page of an op has
 
 NOT_ONE_OP = {"lm_step"}  # a step of a whole model; its page says what bounds it

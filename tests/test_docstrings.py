@@ -82,7 +82,7 @@ def lacking(path):
     return missing(words, elsewhere)
 
 
-@pytest.mark.parametrize("path", public_names())
+@pytest.mark.parametrize("path", list(public_names()))
 def test_docstring_says_what_goes_in_and_comes_out(path):
     thing = resolve(path)
     if inspect.ismodule(thing):
