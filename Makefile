@@ -1,4 +1,4 @@
-# make demo | test | bench | lint | format    each sets itself up in .venv
+# make demo | test | bench | lint | format | docs    each sets itself up in .venv
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -7,7 +7,7 @@ ISAS ?=
 WORKERS ?= 2
 SOURCES = $(shell find csrc tests/cuda_emulation -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: all demo test bench lint format inplace clean
+.PHONY: all demo test bench lint format docs inplace clean
 all: $(VENV)/ready
 
 # Editable install: rebuilt when the build files or the kernels change.
@@ -16,7 +16,7 @@ $(VENV)/ready: pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc t
 	$(RUN) -m pip install -q -c constraints.txt scikit-build-core pybind11 cmake ninja
 	$(RUN) -m pip install -q -c constraints.txt torch numpy
 	$(RUN) -m pip install -q -c constraints.txt --no-build-isolation -C cmake.define.PYKERN_EMULATION=ON \
-	  -e ".[lm,course,hf,test]" onnxruntime onnx
+	  -e ".[lm,course,hf,test,docs]" onnxruntime onnx
 	touch $@
 
 demo: $(VENV)/ready
@@ -38,6 +38,10 @@ format: $(VENV)/ready
 	$(RUN) -m pip install -q -c constraints.txt ruff clang-format
 	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format . && $(VENV)/bin/clang-format -i $(SOURCES)
 
+# The documentation as a site: site/index.html opens from the disk.
+docs: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 # Builds the extension into pykern/ for work on the kernels, with the packages that PYTHON has.
 inplace:
 	cmake -S . -B build/inplace -G Ninja -DPython_EXECUTABLE=$(shell command -v $(PYTHON)) \
@@ -47,4 +51,4 @@ inplace:
 	cp --remove-destination build/inplace/_C*.so pykern/  # a process may be running the old one
 
 clean:
-	rm -rf build $(VENV) pykern/_C*.so
+	rm -rf build site $(VENV) pykern/_C*.so

@@ -118,6 +118,7 @@ def beam_search(
     token. Without stop tokens all texts have max_new_tokens, and the penalty changes nothing.
     A Transformer makes a float32 session of its own; a Session needs batch >= beams, and forgets its texts. There is no
     chance in it. ValueError for the options, too long a text, or logits without a finite maximum; IndexError for ids.
+    Formula: log P(y | x) is the sum over t of log P(y_t | x, y_1 .. y_(t-1)).
     """
     if not isinstance(beams, int) or isinstance(beams, bool) or beams < 1:
         raise ValueError(f"beam_search: beams is {beams} but must be a whole number of at least 1")

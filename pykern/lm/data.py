@@ -17,6 +17,7 @@ class Data:
 
     split: what the corpus was cut into, "files", "lines" or "paragraphs", when it was; train_texts and val_texts are
     then train and val as texts.
+    load raises ValueError for an unknown split, or for one of a file of tokens, whose texts are fixed.
     """
 
     train: np.ndarray

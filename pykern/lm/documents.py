@@ -276,6 +276,7 @@ class PaddedBatches(_Rows):
 
     Texts of fewer than 2 tokens have nothing to predict and are left out; longer ones than block_size + 1 are cut.
     ValueError when no text is left.
+    ids and targets are int64 [batch_size, T]. TypeError: not Documents, no integers.
     """
 
     name = "PaddedBatches"
@@ -297,6 +298,7 @@ class PackedBatches(_Rows):
 
     Texts are left out and cut as in PaddedBatches. Which texts share a row does not change between epochs, only the
     order of the rows; no text sees another, so this matters to nothing but the composition of batches.
+    ids, targets and documents are int64 [batch_size, block_size]. Errors: pykern.lm.PaddedBatches.
     """
 
     name = "PackedBatches"

@@ -40,7 +40,10 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: mean nats per token; tokens: how many were predicted; bytes: the UTF-8 length of their text."""
+    """loss: mean nats per token; tokens: how many were predicted; bytes: the UTF-8 length of their text.
+
+    Formula: bits_per_byte = loss tokens / (bytes ln 2), perplexity = exp(loss).
+    """
 
     loss: float
     tokens: int
@@ -92,6 +95,9 @@ def evaluate(
 
     each_batch is called before each batch; what it raises ends the evaluation. The model keeps its mode, training or
     not.
+    tokens: uint16, uint32, int32 or int64. Formula: the loss is the mean of -log P(token | those before it in the
+    window).
+    TypeError: other tokens. ValueError: fewer than two of them.
     """
     windows = validation_batches(tokens, model.config.block_size, batch_size)
     return _evaluate(model, ((x, y, {}) for x, y in windows), tokenizer, each_batch)

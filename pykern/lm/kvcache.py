@@ -33,6 +33,7 @@ class KVCache:
     tables_on: the device of table and lengths, that of k and v when None.
     dtype torch.int8 stores a key as k_scale times its numbers (uint8 here, the bits of int8), which are those of
     k / k_scale to the nearest integer, k_scale = max |k| / 127; values likewise.
+    ValueError: a cache or pool that is full, shapes. TypeError: k or v of another dtype. IndexError: no such text.
     """
 
     def __init__(

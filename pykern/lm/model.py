@@ -61,6 +61,8 @@ class Transformer(torch.nn.Module):
 
     model(ids) gives logits [B, T, V] for ids [B, T] int64; model(ids, targets) gives the mean loss over the targets
     that are not -100, without the logits ever existing at once. T is at most block_size.
+    TypeError: ids that are no integers. ValueError: shapes, T beyond block_size. IndexError: ids out of range.
+    Source: Vaswani et al., arXiv 1706.03762; blocks that normalise first: Radford et al. (GPT-2, 2019).
     """
 
     def __init__(

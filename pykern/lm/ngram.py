@@ -52,7 +52,12 @@ def _look_up(sorted_keys: np.ndarray, keys: np.ndarray, *values: np.ndarray) -> 
 
 
 class NGram:
-    """Counts of all orders up to `order`, from bytes (or several texts, one after the other)."""
+    """Counts of all orders up to `order`, from bytes (or several texts, one after the other).
+
+    Formula: P_n(w | h) = (c(hw) + t(h) P_{n-1}(w | h')) / (c(h) + t(h)), P_0 = 1 / 256; t(h) is the number of different
+    bytes seen after h, h' is h without its first byte (Witten and Bell, IEEE Trans. Inf. Theory 37, 1991).
+    ValueError: order out of range, no text.
+    """
 
     def __init__(self, texts: bytes | Iterable[str], order: int = 6) -> None:
         if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= MAX_ORDER:

@@ -34,6 +34,7 @@ class TrainOptions:
     Gradients are clipped to the joint norm `clip` (0: not). dtype "bfloat16" trains bfloat16 weights, with float32
     masters in the optimizer; with autocast the weights are float32 and torch.autocast computes in bfloat16. Evaluation
     and checkpoints come every so many steps (0: at the end only); eval_tokens bounds the evaluations on the way.
+    ValueError names the option that is wrong. The step: AdamW, Loshchilov and Hutter, arXiv 1711.05101.
     """
 
     steps: int | None = 1500

@@ -99,6 +99,7 @@ class Template:
     """A prompt with places for a description, examples and a query; made by parse or load.
 
     before and after are what surrounds the block of examples, which is None if there is no such block.
+    TypeError: not text. ValueError names the line and the placeholder that is wrong, missing or left over.
     """
 
     before: tuple[Piece, ...]

@@ -85,6 +85,8 @@ class RNNLM(torch.nn.Module):
 
     model(ids) gives logits [B, T, V] for ids [B, T] int64; model(ids, targets) the mean loss over the targets that are
     not -100. A text may be of any length; each starts from a state of zeros.
+    Formulas: Elman, Cognitive Science 14 (1990), and Hochreiter and Schmidhuber, Neural Computation 9 (1997).
+    ValueError: shapes of ids or targets. IndexError: ids out of range.
     """
 
     def __init__(

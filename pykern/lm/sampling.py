@@ -20,6 +20,7 @@ class Sampling:
     Candidates are the top_k most likely tokens, of those the smallest set, most likely first, whose share reaches
     top_p, and of those the ones at least min_p times as likely as the first. repetition_penalty divides the positive
     and multiplies the negative logits of tokens that the text already holds (Keskar et al., arXiv 1909.05858).
+    ValueError names the option that is out of range.
     """
 
     temperature: float = 1.0
@@ -59,7 +60,7 @@ def seeds_of(seed: int | None, batch: int) -> Tensor:
 
 
 class Sampler:
-    """Chooses ids [B] from logits [B, V]; options are those of Sampling.
+    """Chooses ids [B] from logits [B, V]; options are those of pykern.lm.Sampling.
 
     Row b draws from its own stream, seeded with seed + b: same seed, same choices, whatever the other rows are. The
     n-th draw of a stream is a function of its seed and n (Philox4x32-10).

@@ -35,6 +35,9 @@ class Session:
     once for each of up to 256 tokens and waits once. ids come and go on any device, logits are on the model's. A text's
     logits have the same bits alone and among others. dtype is "float32" or "bfloat16", and neither int8 caches nor
     positions "t5" are there yet.
+    prefill(ids [batch, T]) and step(ids [batch]), int64, give logits [batch, V]. TypeError: other dtypes of ids.
+    ValueError: options, shapes, a full cache. IndexError: ids out of range. RuntimeError: while requests run.
+    Mathematics: pykern.lm.Transformer and pykern.lm.Sampling.
     """
 
     def __init__(
@@ -303,7 +306,10 @@ def generate(
     callback: Callable[[Tensor], None] | None = None,
     **options: Any,
 ) -> Tensor:
-    """ids [T] or [B, T] int64 followed by max_new_tokens new ones: Session.generate in a session of its own."""
+    """ids [T] or [B, T] int64 followed by max_new_tokens new ones: Session.generate in a session of its own.
+
+    Options: pykern.lm.Sampling. Errors: pykern.lm.Session.
+    """
     texts = ids[None] if ids.dim() == 1 else ids
     if texts.dim() != 2:
         raise ValueError(f"generate: ids have shape {tuple(ids.shape)} but must be [T] or [B, T]")

@@ -65,6 +65,7 @@ def speculate(
     lookahead tokens are guessed at a time, by the session `draft` of a smaller model with the same vocabulary, or
     without one by looking up what followed the last tokens earlier in the text.
     ValueError: a batch, too long a text, another vocabulary.
+    Source: Leviathan et al., arXiv 2211.17192, for greedy decoding.
     """
     if session.batch != 1 or (draft is not None and draft.batch != 1):
         raise ValueError("speculate: a session of one text is needed, batch=1")

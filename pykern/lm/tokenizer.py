@@ -73,7 +73,11 @@ class Piece:
 
 
 class Tokenizer:
-    """A trained tokenizer of one of KINDS; made by train or load."""
+    """A trained tokenizer of one of KINDS; made by train or load.
+
+    TypeError: not text. ValueError: an unknown kind, a size out of range, a file that is not understood. IndexError: no
+    such id.
+    """
 
     def __init__(self, parts: Parts) -> None:
         self.kind = parts.kind

@@ -100,6 +100,7 @@ class Trainer:
     ranks: the processes that share the work, batch_size rows each; the first of them writes `out`.
     ValueError when out already holds a checkpoint, or the data are too short for the block size or do not fit
     options.batches: before anything is written.
+    Options: pykern.lm.TrainOptions. FloatingPointError: a loss or norm that is not a number.
     """
 
     def __init__(
@@ -371,6 +372,7 @@ def train(
     """Trains a new model on "stdlib", a text file or a folder. shape: the fields of Config but vocab_size.
 
     split: with padded or packed batches the texts are "files" (also when None), "lines" or "paragraphs".
+    Options: pykern.lm.TrainOptions. Errors: pykern.lm.Trainer; ValueError also for the text and for shape.
     """
     options = TrainOptions() if options is None else options
     data = Data.load(source, tokenizer, vocab_size, split=options.split(split))

@@ -7,17 +7,18 @@ from pykern import ops
 
 
 class Sigmoid(torch.nn.Sigmoid):
-    """1 / (1 + exp(-x)), elementwise."""
+    """1 / (1 + exp(-x)) for x [...]. Dtypes and errors: pykern.sigmoid."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.sigmoid(x)
 
 
 class Softmax(torch.nn.Softmax):
-    """exp(x) / sum(exp(x)) over `dim`; mask (bool, broadcastable to x, True = take part) leaves entries out.
+    """exp(x) / sum(exp(x)) over `dim` of x [...]; mask (bool, broadcastable to x, True = take part) leaves entries out.
 
     A row whose entries are all left out is 0. Unlike torch.nn.Softmax, `dim` is the last dimension unless said
     otherwise.
+    Dtypes and errors: pykern.softmax.
     """
 
     def __init__(self, dim: int = -1) -> None:

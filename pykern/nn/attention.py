@@ -85,6 +85,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     column for each of add_bias_kv and add_zero_attn and are differentiable. They are those before dropout: their rows
     sum to 1, whereas torch returns, in training, what dropout left of them. They cost a second pass: need_weights=False
     saves it. is_causal beside attn_mask is a hint that is not needed; without attn_mask it is the causal mask.
+    Dtypes, formula and errors: pykern.attention. TypeError, ValueError: masks of other dtypes or shapes.
     """
 
     def __init__(

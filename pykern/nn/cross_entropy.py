@@ -18,6 +18,7 @@ class CrossEntropyLoss(torch.nn.Module):
     """-log softmax(logits)[target] for logits [V], [M, V] or [M, V, d1, ...] and target [], [M] or [M, d1, ...] int64.
 
     z_loss adds z_loss * logsumexp(logits)^2. A target equal to ignore_index counts for nothing.
+    Dtypes and errors: pykern.cross_entropy. ValueError: class weights, shapes.
     """
 
     def __init__(
@@ -59,7 +60,10 @@ class CrossEntropyLoss(torch.nn.Module):
 
 
 class LinearCrossEntropyLoss(torch.nn.Module):
-    """CrossEntropyLoss of linear(x) for x [..., K], target [...] int64, without all logits existing at once."""
+    """CrossEntropyLoss of linear(x) for x [..., K], target [...] int64, without all logits existing at once.
+
+    Dtypes, errors and formula: pykern.linear_cross_entropy and pykern.cross_entropy.
+    """
 
     def __init__(
         self,

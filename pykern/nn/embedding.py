@@ -7,7 +7,10 @@ from pykern import ops
 
 
 class Embedding(torch.nn.Embedding):
-    """weight[ids] for weight [V, D] and ids [...] int64 or int32: [..., D]. The row of padding_idx gets no gradient."""
+    """weight[ids] for weight [V, D] and ids [...] int64 or int32: [..., D]. The row of padding_idx gets no gradient.
+
+    Dtypes and errors: pykern.embedding. ValueError: options of torch's module that are not supported.
+    """
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ class Linear(torch.nn.Linear):
     """activation(x weight^T + bias) + residual for x [..., K], weight [N, K], bias [N], residual [..., N].
 
     activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid".
+    Dtypes and errors: pykern.linear.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ def _untouched(layer: torch.nn.Module) -> bool:
 class MLP(torch.nn.Module):
     """c_proj(activation(c_fc(x))) + residual for x [..., width]; parameters have GPT-2's names.
 
-    activation "swiglu" is c_proj(silu(c_gate(x)) * c_fc(x)); the others are those of Linear. One op, ops.mlp, unless
+    activation "swiglu" is c_proj(silu(c_gate(x)) * c_fc(x)); the others are those of Linear. One op, pykern.mlp, unless
     a layer has hooks (pruning, weight norm) or was replaced: then each layer is called.
+    Dtypes, errors and source: pykern.mlp.
     """
 
     def __init__(

@@ -25,7 +25,10 @@ def flat_norm(norm: Callable[..., Normed], x: Tensor, shape: tuple[int, ...], re
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """(h - mean(h)) / sqrt(var(h) + eps) * weight + bias, h = x + residual, over the last dimensions."""
+    """(h - mean(h)) / sqrt(var(h) + eps) * weight + bias, h = x + residual, over the last dimensions.
+
+    Dtypes and errors: pykern.layer_norm. ValueError where the last dimensions of x [..., *normalized_shape] differ.
+    """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Normed:  # type: ignore[override]
         weight = None if self.weight is None else self.weight.flatten()
@@ -41,6 +44,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """h / sqrt(mean(h^2) + eps) * weight, h = x + residual, over the last dimensions `normalized_shape`.
 
     eps None, the default as in torch, is the machine epsilon of x's dtype.
+    Dtypes and errors: pykern.rms_norm and pykern.layer_norm. ValueError where the last dimensions of x
+    [..., *normalized_shape] differ.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Normed:  # type: ignore[override]

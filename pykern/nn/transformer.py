@@ -40,6 +40,7 @@ class SelfAttention(torch.nn.Module):
     pykern.attention. cu_seqlens, int32 [N + 1]: x is [1, T, width], N sequences end to end that do not see each other;
     without mask, bias and cache. qk_norm normalises each head of q and k to root mean square 1 before the rotation.
     dropout falls on the attention weights, in training and without a cache.
+    Dtypes, formula and errors: pykern.attention. ValueError: widths that the heads do not divide.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class TransformerBlock(torch.nn.Module):
     hidden is 4 * width unless given, norm_eps is make_norm's. dropout falls on the attention weights and on what each
     half adds, as in GPT-2. recompute, also an attribute, keeps less for backward: the outputs of ln_1 and ln_2 are made
     again there. Gradients have the same bits. The keyword arguments of forward are those of SelfAttention.
+    Dtypes and errors: pykern.nn.SelfAttention, pykern.mlp. ValueError: an unknown norm or activation.
     """
 
     def __init__(

@@ -90,14 +90,15 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0) for x [...]. TypeError: not a floating tensor."""
+    """max(x, 0) for x [...]. float32, float64, bfloat16 or float16. TypeError: not a floating tensor."""
     return activation(x, "relu")
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x) for x [...], Phi the normal distribution function; approximate="tanh" is GPT-2's form.
 
-    Source: Hendrycks and Gimpel, arXiv 1606.08415. TypeError: not a floating tensor. ValueError: approximate.
+    float32, float64, bfloat16 or float16. Source: Hendrycks and Gimpel, arXiv 1606.08415.
+    TypeError: not a floating tensor. ValueError: approximate.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
@@ -105,19 +106,22 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
 
 def silu(x: Tensor) -> Tensor:
-    """x sigmoid(x) for x [...]. TypeError: not a floating tensor."""
+    """x sigmoid(x) for x [...]. float32, float64, bfloat16 or float16. TypeError: not a floating tensor.
+
+    Source: Hendrycks and Gimpel, arXiv 1606.08415.
+    """
     return activation(x, "silu")
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + exp(-x)) for x [...]. TypeError: not a floating tensor."""
+    """1 / (1 + exp(-x)) for x [...]. float32, float64, bfloat16 or float16. TypeError: not a floating tensor."""
     return activation(x, "sigmoid")
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up for gate, up [...] of one shape and dtype (Shazeer, arXiv 2002.05202).
 
-    TypeError: not floating tensors, mixed dtypes. ValueError: shapes differ.
+    float32, float64, bfloat16 or float16. TypeError: not floating tensors, mixed dtypes. ValueError: shapes differ.
     """
     require_tensors("swiglu", gate=gate, up=up)
     return _swiglu(gate, up)

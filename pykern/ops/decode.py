@@ -45,6 +45,7 @@ def attention_with_kvcache(
     written). IndexError: a length, position or page out of range. RuntimeError: an argument requires grad.
     On CUDA the host does not read lengths, padding and pages, nor wait for them: a sequence that is out of range or
     whose cache is full has rows of NaN, and nothing is appended to it. Head sizes are at most 256 there.
+    Formula: pykern.attention.
     """
     require_tensors("attention_with_kvcache", q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
     optional_tensors("attention_with_kvcache", k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin)

@@ -140,6 +140,7 @@ def flash_attn_func(
     generator. return_attn_probs: (out, softmax_lse [B, H, T], None); softmax_lse is float32 (float64 for float64) and
     differentiable, and the third, FlashAttention's S_dmask, is never there.
     A row that sees no key is 0, its softmax_lse -inf. TypeError, ValueError: as pykern.attention.
+    Formula: pykern.attention, which names the papers.
     """
     op = "flash_attn_func"
     require_tensors(op, q=q, k=k, v=v)
@@ -159,7 +160,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ):
-    """flash_attn_func for keys and values in one tensor, kv [B, S, 2, G, D], read in place."""
+    """pykern.flash_attn_func for keys and values in one tensor, kv [B, S, 2, G, D], read in place."""
     op = "flash_attn_kvpacked_func"
     require_tensors(op, q=q)
     options = _options(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -178,7 +179,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ):
-    """flash_attn_func for queries, keys and values in one tensor, qkv [B, S, 3, H, D], read in place."""
+    """pykern.flash_attn_func for queries, keys and values in one tensor, qkv [B, S, 3, H, D], read in place."""
     op = "flash_attn_qkvpacked_func"
     options = _options(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     q, k, v = _unpacked(op, "qkv", qkv, "[B, S, 3, H, D]")
@@ -210,6 +211,7 @@ def flash_attn_varlen_func(
     block_table int32 [N, n]: k [pages, page, G, D] and v [pages, page, G, E] hold pages of any size, those of sequence
     b are listed in row b; its keys are copied out of them, differentiably.
     IndexError: block_table lists a page that is not there.
+    Dtypes, formula and the other errors: pykern.flash_attn_func.
     """
     op = "flash_attn_varlen_func"
     require_tensors(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -236,7 +238,10 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ):
-    """flash_attn_varlen_func for keys and values in one tensor, kv [total_k, 2, G, D], read in place."""
+    """pykern.flash_attn_varlen_func for keys and values in one tensor, kv [total_k, 2, G, D], read in place.
+
+    Formula: pykern.flash_attn_func.
+    """
     op = "flash_attn_varlen_kvpacked_func"
     require_tensors(op, q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     options = _options(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -257,7 +262,10 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ):
-    """flash_attn_varlen_func for queries, keys and values in one tensor, qkv [total, 3, H, D], read in place."""
+    """pykern.flash_attn_varlen_func for queries, keys and values in one tensor, qkv [total, 3, H, D], read in place.
+
+    Formula: pykern.flash_attn_func.
+    """
     op = "flash_attn_varlen_qkvpacked_func"
     require_tensors(op, cu_seqlens=cu_seqlens)
     options = _options(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)

@@ -154,6 +154,7 @@ def flash_attn_with_kvcache(
     the length after the append. num_splits has nothing to decide. return_softmax_lse: (out, softmax_lse [B, H, T]).
     No gradient. TypeError, ValueError, IndexError, RuntimeError: as pykern.attention_with_kvcache; nothing is written.
     On CUDA, too, lengths and pages are not checked but looked at by the kernel: see there.
+    Dtypes, and formula: pykern.attention.
     """
     require_tensors(OP, q=q, k_cache=k_cache, v_cache=v_cache)
     optional_tensors(OP, k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, alibi_slopes=alibi_slopes)

@@ -199,7 +199,7 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """h / sqrt(mean(h^2) + eps) * weight for x [..., D], weight [D]; h = x + residual.
 
-    With residual [..., D] the result is (normed, h). Dtypes, autocast and errors as in layer_norm.
+    With residual [..., D] the result is (normed, h). Dtypes, autocast and errors as in pykern.layer_norm.
     Source: Zhang and Sennrich, arXiv 1910.07467.
     """
     optional = {"weight": weight, "residual": residual}

@@ -1,11 +1,11 @@
 """Reverse-mode differentiation on numpy: modules with forward() and backward(), a tape, compiled kernels inside.
 
-from pykern.tape import Linear, Sigmoid, Tensor, tape_bwd
-
-x = Tensor([[1.0, 2.0]])
-y = Sigmoid().apply_fwd(Linear(2, 1).apply_fwd(x))
-tape_bwd()
-x.out_gradient        # dy/dx
+>>> from pykern.tape import Sigmoid, Sum, Tensor, tape_bwd
+>>> x = Tensor([[1.0, 2.0]])
+>>> y = Sum().apply_fwd(Sigmoid().apply_fwd(x))
+>>> tape_bwd()
+>>> x.out_gradient.round(4)  # dy/dx = y (1 - y) for each number
+array([[0.1966, 0.105 ]])
 """
 
 from .activation import GELU, ReLU, Sigmoid, SiLU

@@ -29,25 +29,25 @@ class Activation(Module):
 
 
 class Sigmoid(Activation):
-    """b = 1 / (1 + exp(-a));  g_a = g_b b (1 - b)."""
+    """b = 1 / (1 + exp(-a)) for a [...];  g_a = g_b b (1 - b)."""
 
     kind = "sigmoid"
 
 
 class ReLU(Activation):
-    """b = max(a, 0);  g_a = g_b where a > 0, else 0."""
+    """b = max(a, 0) for a [...];  g_a = g_b where a > 0, else 0."""
 
     kind = "relu"
 
 
 class SiLU(Activation):
-    """b = a s with s = sigmoid(a);  g_a = g_b s (1 + a (1 - s))."""
+    """b = a s with s = sigmoid(a) for a [...];  g_a = g_b s (1 + a (1 - s))."""
 
     kind = "silu"
 
 
 class GELU(Activation):
-    """b = a Phi(a);  g_a = g_b (Phi(a) + a phi(a)), with the normal distribution Phi and its density phi.
+    """b = a Phi(a) for a [...];  g_a = g_b (Phi(a) + a phi(a)), with the normal distribution Phi and its density phi.
 
     tanh=True: b = 0.5 a (1 + tanh(sqrt(2/pi) (a + 0.044715 a^3))), as in GPT-2.
     """

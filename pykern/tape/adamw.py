@@ -33,7 +33,11 @@ class Optimizer:
 
 
 class SGD(Optimizer):
-    """m = momentum m + grad;  value -= lr m."""
+    """m = momentum m + grad;  value -= lr m.
+
+    value, grad and m [...] have the parameter's dtype, float64 unless asked. TypeError: not parameters. ValueError:
+    none, options.
+    """
 
     def __init__(self, parameters: Iterable[Parameter], lr: float = 0.1, *, momentum: float = 0.0):
         super().__init__(parameters, lr)
@@ -51,6 +55,8 @@ class AdamW(Optimizer):
     """m = b1 m + (1 - b1) grad,  v = b2 v + (1 - b2) grad^2,  both divided by 1 - b^step to undo their start at 0;
 
     value -= lr (m / (sqrt(v) + eps) + weight_decay value).
+    value, grad and moments [...] have the parameter's dtype, float64 unless asked. TypeError: not parameters.
+    ValueError: none, options. Source: Loshchilov and Hutter, arXiv 1711.05101.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from .engine import Module
 
 
 class Add(Module):
-    """c = a + b + more, with broadcasting;  g_a = g_c, summed over the dimensions that were broadcast."""
+    """c = a + b + more for a, b [...], with broadcasting;  g_a = g_c, summed where a was broadcast."""
 
     def check(self, a: np.ndarray, b: np.ndarray, *more: np.ndarray) -> None:
         inputs.broadcastable("Add", a=a, b=b, **{f"more[{i}]": term for i, term in enumerate(more)})
@@ -20,7 +20,7 @@ class Add(Module):
 
 
 class Mul(Module):
-    """c = a b, element by element, with broadcasting;  g_a = g_c b, g_b = g_c a, summed like those of Add."""
+    """c = a b for a, b [...], by elements, with broadcasting;  g_a = g_c b, g_b = g_c a, summed like those of Add."""
 
     def check(self, a: np.ndarray, b: np.ndarray) -> None:
         inputs.broadcastable("Mul", a=a, b=b)
@@ -34,7 +34,7 @@ class Mul(Module):
 
 
 class Scale(Module):
-    """b = s a for a fixed number s;  g_a = s g_b."""
+    """b = s a for a [...] and a fixed number s;  g_a = s g_b."""
 
     def __init__(self, factor: float):
         self.factor = inputs.number("Scale", "factor", factor)
@@ -50,7 +50,7 @@ class Scale(Module):
 
 
 class Sum(Module):
-    """b = the sum of all elements, a scalar;  g_a = g_b everywhere."""
+    """b = the sum of all elements of a [...], a scalar [];  g_a = g_b everywhere."""
 
     def check(self, a: np.ndarray) -> None:
         inputs.floats("Sum", a=a)
@@ -63,7 +63,7 @@ class Sum(Module):
 
 
 class Reshape(Module):
-    """b = a in another shape, -1 for the size that follows from the others;  g_a = g_b in the shape of a."""
+    """b = a [...] in another shape, -1 for the size that follows from the others;  g_a = g_b in the shape of a."""
 
     def __init__(self, *shape: int):
         self.shape = shape
@@ -79,7 +79,7 @@ class Reshape(Module):
 
 
 class Transpose(Module):
-    """b = a with its dimensions in the order of axes, or reversed;  g_a = g_b with the inverse order."""
+    """b = a [...] with its dimensions in the order of axes, or reversed;  g_a = g_b with the inverse order."""
 
     def __init__(self, *axes: int):
         self.axes = axes or None

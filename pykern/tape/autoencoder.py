@@ -120,6 +120,7 @@ def fit(
     arrays: [N, ...], all of one length N >= 1. rng: a seed or a numpy Generator, for the order of the rows. No weight
     decay. One pass over all rows comes first, so that wrong inputs (TypeError, ValueError, IndexError) and a loss that
     is not finite (FloatingPointError) are refused before a weight changes; a loss that overflows later is refused then.
+    Arrays are float64, or integers for labels. The step: pykern.tape.AdamW.
     """
     inputs.positive("fit", batch_size=batch_size, **({} if steps == 0 else {"steps": steps}))
     if not arrays:
@@ -158,6 +159,7 @@ def pretrain_autoencoders(
 
     x [N, n_in], of rows with a label or without. steps are those of one layer, options those of fit. Returns the losses
     of each layer.
+    Errors and dtypes: pykern.tape.fit. Source: Bengio et al., Greedy Layer-Wise Training (NIPS 2006).
     """
     rng, losses = np.random.default_rng(rng), []
     for encoder in encoders(classifier, "pretrain_autoencoders"):
@@ -178,6 +180,7 @@ def pretrain_supervised(
     """Train each encoder of the classifier under a softmax head of its own; that head is thrown away.
 
     x [N, n_in], labels [N]. steps are those of one layer, options those of fit. Returns the losses of each layer.
+    Errors and dtypes: pykern.tape.fit. Source: Bengio et al., Greedy Layer-Wise Training (NIPS 2006).
     """
     rng, losses = np.random.default_rng(rng), []
     for encoder in encoders(classifier, "pretrain_supervised"):

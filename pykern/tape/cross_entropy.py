@@ -32,7 +32,7 @@ class Loss(Module):
 
 
 class CrossEntropy(Loss):
-    """loss = -sum(a log p) for probabilities p and targets a;  g_p = -g a / p,  g_a = -g log p.
+    """loss = -sum(a log p) for probabilities p and targets a [..., V];  g_p = -g a / p,  g_a = -g log p.
 
     A probability of 0 where the target is not 0 costs infinity: SoftmaxCrossEntropy, on logits, has no such limit.
     """
@@ -55,7 +55,7 @@ class CrossEntropy(Loss):
 
 
 class SoftmaxCrossEntropy(Loss):
-    """loss = -sum(a log softmax(x)) = lse sum(a) - a . x for logits x and targets a, with lse = log(sum(exp(x))).
+    """loss = -sum(a log softmax(x)) = lse sum(a) - a . x for logits x and targets a [..., V], lse = log(sum(exp(x))).
 
     g_x = g (softmax(x) sum(a) - a),  g_a = g (lse - x).  Labels equal to ignore_index cost nothing and do not count;
     label_smoothing e takes (1 - e) of the label and e / V of every class.

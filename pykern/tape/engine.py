@@ -25,6 +25,9 @@ class Module:
     forward(*in_tensors)                            returns out_tensor
     backward(in_tensors, out_tensor, out_gradient)  returns the gradient of each input, None for one that has none,
                                                     and adds into the .grad of the module's own parameters
+    Formula: g_a = (db/da)^T g_b for b = f(a). Tensors are numpy arrays [...] of float64, or of float32 where every
+    input is; ids and labels are int64. TypeError, ValueError or IndexError for inputs that check() refuses: nothing is
+    pushed then.
     """
 
     integer_inputs: tuple[str, ...] = ()  # the arguments of forward that may be integers; others become float64
@@ -182,9 +185,10 @@ class Module:
 
 
 class Tensor(Module):
-    """A leaf of the graph: a copy of an array of floats (float64, unless dtype says float32), integers or booleans.
+    """A leaf of the graph: a copy of an array [...] of floats, integers or booleans.
 
-    Its out_gradient adds up over backward passes, like that of a parameter, until zero_grad().
+    Floats are float64, unless dtype says float32. Its out_gradient adds up over backward passes, like that of a
+    parameter, until zero_grad().
     """
 
     def __init__(self, array: Any, *, dtype: Any = None):
@@ -200,7 +204,7 @@ class Tensor(Module):
 
 
 class Parameter(Tensor):
-    """A tensor to be learnt: .value and .grad are its out_tensor and out_gradient, and .grad starts as zeros."""
+    """A tensor [...] to be learnt: .value and .grad are its out_tensor and out_gradient, and .grad starts as zeros."""
 
     def __init__(self, value: Any, *, dtype: Any = None):
         super().__init__(value, dtype=np.float64 if dtype is None else dtype)
@@ -248,6 +252,7 @@ def tape_bwd() -> None:
 
     The pass starts where out_gradient was set. When it was set nowhere, the newest output must be a scalar and gets 1.
     Applications that the loss does not depend on are dropped.
+    Formula: g_a += (db/da)^T g_b for each input a of each application b. ValueError: no scalar to begin with.
     """
     if tape and all(node.out_gradient is None for node in tape):
         tape[-1].seed()

@@ -35,6 +35,8 @@ def check_gradients(
     module: a Module or a Network. in_arrays: arrays or Tensors; integers and booleans have no gradient.
     An element is right when |backward - difference| <= atol + rtol |difference|; a wrong one raises GradientError.
     Parameters, their gradients and the tape are left as they were.
+    Formula: (L(x + h) - L(x - h)) / 2h for every number of arrays [...] of float64. TypeError: float32. ValueError:
+    nothing to check.
     """
     function = type(module).connect if isinstance(module, Network) else type(module).forward
     names = inputs.count(name(module), function, len(in_arrays))

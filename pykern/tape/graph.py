@@ -43,7 +43,10 @@ def inputs_of(node: Module) -> tuple[Module, ...]:
 
 
 def record_backward(output: Module) -> list[Module]:
-    """An empty list that the next tape_bwd fills with the applications behind output as their backward() runs."""
+    """An empty list that the next tape_bwd fills with the applications behind output as their backward() runs.
+
+    TypeError, ValueError: as pykern.tape.applications.
+    """
     order: list[Module] = []
 
     def recorded(node: Module) -> Any:
@@ -189,6 +192,7 @@ def graph_svg(output: Module, *, network: Module | None = None, backward: Sequen
 
     Blue: the order of the forward pass. Red: the place in `backward`, what record_backward gave. network: the module
     whose names the parameters have.
+    ValueError: output is a leaf.
     """
     nodes = applications(output)
     run = [node for node in nodes if not isinstance(node, Tensor)]

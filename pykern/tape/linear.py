@@ -11,7 +11,7 @@ from .engine import Module, Parameter
 
 
 class Linear(Module):
-    """b = w a + c;  g_w = g_b a^T, g_c = g_b, summed over the rows;  g_a = w^T g_b.
+    """b = w a + c for a [..., n_in], w [n_out, n_in];  g_w = g_b a^T, g_c = g_b, summed over the rows;  g_a = w^T g_b.
 
     The weight starts uniform in +-1/sqrt(n_in), the bias at 0. rng: a seed or a numpy Generator.
     """

@@ -17,7 +17,10 @@ from .softmax import Softmax
 
 
 class NeuralNetwork(Network):
-    """Linear, Sigmoid, Linear, Softmax: x [..., n_in] to probabilities [..., n_out]; with targets, CrossEntropy too."""
+    """Linear, Sigmoid, Linear, Softmax: x [..., n_in] to probabilities [..., n_out]; with targets, CrossEntropy too.
+
+    Formula: softmax(w2 sigmoid(w1 x + c1) + c2).
+    """
 
     def __init__(self, n_in: int, n_hidden: int, n_out: int, *, rng: Any = None):
         rng = np.random.default_rng(rng)
@@ -59,6 +62,7 @@ class TransformerLM(Network):
     """ids [B, T], T <= block_size, to logits [B, T, vocab_size] for the next token; with targets, the cross entropy.
 
     GPT-2's shape: learned positions, blocks that normalise first, and a head that shares the table of the tokens.
+    Source: Radford et al. (GPT-2, 2019).
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from .engine import Module, Parameter
 class LayerNorm(Module):
     """b = x^ w + c with x^ = (a - mean) r, r = 1 / sqrt(var + eps);  g_w = g_b x^, g_c = g_b, summed over the rows.
 
-    g_a = r (g - mean(g) - x^ mean(g x^)) with g = g_b w.
+    For a [..., d]: g_a = r (g - mean(g) - x^ mean(g x^)) with g = g_b w.
     """
 
     def __init__(self, d: int, *, eps: float = 1e-5, dtype: Any = np.float64):
@@ -43,7 +43,7 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """b = x^ w with x^ = a r, r = 1 / sqrt(mean(a^2) + eps);  g_w = g_b x^, summed over the rows.
 
-    g_a = r (g - x^ mean(g x^)) with g = g_b w.
+    For a [..., d]: g_a = r (g - x^ mean(g x^)) with g = g_b w.
     """
 
     def __init__(self, d: int, *, eps: float = 1e-6, dtype: Any = np.float64):

@@ -9,7 +9,10 @@ from .engine import Module
 
 
 class Softmax(Module):
-    """b = exp(a) / sum(exp(a)) over the last dimension;  g_a = g_b^T (diag(b) - b b^T) = b (g_b - g_b . b)."""
+    """b = exp(a) / sum(exp(a)) over the last dimension, a [..., n];  g_a = g_b^T (diag(b) - b b^T)
+
+    That is g_a = b (g_b - g_b . b).
+    """
 
     def check(self, a: np.ndarray) -> None:
         inputs.floats("Softmax", a=a)

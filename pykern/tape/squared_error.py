@@ -7,7 +7,7 @@ from .cross_entropy import Loss
 
 
 class SquaredError(Loss):
-    """loss = ||a - y||^2 = sum((a - y)^2) for predictions y and targets a;  g_y = 2 g (y - a), g_a = -g_y.
+    """loss = ||a - y||^2 = sum((a - y)^2) for predictions y and targets a [..., n];  g_y = 2 g (y - a), g_a = -g_y.
 
     The sum is over the last dimension, `reduction` over the rows: "mean", "sum" or "none".
     """
