@@ -93,9 +93,11 @@ def test_quiet_measures_nothing(model, capsys, monkeypatch):
         (["--dtype", "int3"], "dtype is 'int3' but must be one of float32, bfloat16, int8, int4"),
         (["--min-p", "2"], "min_p is 2.0 but must be from 0 to 1"),
         (["--repetition-penalty", "0"], "repetition_penalty is 0.0 but must be a positive number"),
+        (["--device", "cuda"], "--device cuda: torch sees no NVIDIA GPU here"),
     ],
 )
-def test_refused(model, arguments, words, capsys):
+def test_refused(model, arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(model, *arguments) == 1
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.startswith("pykern generate: ") and words in printed.err
