@@ -188,3 +188,21 @@ def test_speculation_refuses():
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+def test_a_request_without_finite_logits_ends_alone():
+    """Token 3 is NaN: a prompt that holds it ends with the reason, its neighbour gets its tokens, and so do later ones."""
+    model = make(tied_head=False)
+    with torch.no_grad():
+        model.transformer.wte.weight[3] = torch.nan
+    healthy = torch.tensor([1, 2, 4])
+    session = model.session(batch=2)
+    broken = session.submit(torch.tensor([1, 2, 3]), max_new_tokens=4, temperature=0.0)
+    number = session.submit(healthy, max_new_tokens=1, temperature=0.0)
+    first = {progress.request: progress for progress in session.poll()}
+    assert first[broken].error == "sampling: logits have no finite maximum (NaN or infinity)"
+    assert first[broken].done and first[broken].tokens == []
+    assert first[number].error is None and first[number].done and session.pending == 0
+    again = session.submit(healthy, max_new_tokens=1, temperature=0.0)
+    alone = generate(model, healthy, max_new_tokens=1, temperature=0.0)[3:].tolist()
+    assert first[number].tokens == drain(session)[again] == alone

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pykern.lm.sampling import Sampler, choose_together
+from pykern.lm.sampling import BROKEN, Sampler, choose_together
 
 if TYPE_CHECKING:
     from pykern.lm.session import Session
@@ -18,11 +18,12 @@ PREFILL_ROWS = 256  # prompt tokens read per poll(), so that running texts do no
 
 @dataclass(frozen=True)
 class Progress:
-    """What a poll() brought one request: its number, its new tokens, and whether it is done."""
+    """What a poll() brought one request: its number, its new tokens, and whether it is done; error: why it had to end."""
 
     request: int
     tokens: list[int]
     done: bool
+    error: str | None = None
 
 
 @dataclass
@@ -34,11 +35,12 @@ class Request:
     sampler: Sampler
     stop: frozenset[int]
     text: int = -1  # of the cache, once it runs
+    broken: bool = False
 
     @property
     def finished(self) -> bool:
         new = len(self.tokens) - self.prompt
-        return new == self.max_new_tokens or (new > 0 and self.tokens[-1] in self.stop)
+        return self.broken or new == self.max_new_tokens or (new > 0 and self.tokens[-1] in self.stop)
 
 
 @dataclass
@@ -115,6 +117,11 @@ class Batcher:
         tokens = choose_together([r.sampler for r in ready], logits, [r.tokens for r in ready])
         progress = []
         for request, token in zip(ready, tokens, strict=True):
+            if token < 0:
+                request.broken = True
+                self._forget(request.text)  # no other prompt begins with it
+                progress.append(Progress(request.number, [], True, BROKEN))
+                continue
             request.tokens.append(token)
             progress.append(Progress(request.number, [token], request.finished))
         self.running = [request for request in self.running if not request.finished]

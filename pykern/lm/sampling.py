@@ -9,6 +9,8 @@ from torch import Tensor
 
 from pykern.config import _C
 
+BROKEN = "sampling: logits have no finite maximum (NaN or infinity)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -110,6 +112,8 @@ class Sampler:
             raise ValueError(f"sampling: logits have {B} rows but the sampler {len(self.seeds)} streams")
         counts = None if history is None else torch.full((B,), history.shape[1], dtype=torch.int64)
         ids = _choose(self.options, logits, self.seeds, self.draws, history, counts)
+        if (ids < 0).any():
+            raise ValueError(BROKEN)
         self.draws += 1
         return ids
 
@@ -117,19 +121,18 @@ class Sampler:
 def _choose(
     options: Sampling, logits: Tensor, seeds: Tensor, draws: Tensor, history: Tensor | None, counts: Tensor | None
 ) -> Tensor:
+    """ids [B], -1 where a row is BROKEN."""
     device = logits.device
     ids = torch.empty(logits.shape[0], dtype=torch.int64, device=device)
     there = [None if x is None else x.to(device).contiguous() for x in (seeds, draws, history, counts)]
     _C.sample(logits if logits.stride(-1) == 1 else logits.contiguous(), *(*there, ids), **options.arguments())
-    if (ids < 0).any():
-        raise ValueError("sampling: logits have no finite maximum (NaN or infinity)")
     return ids
 
 
 def choose_together(samplers: list[Sampler], logits: Tensor, texts: list[list[int]]) -> list[int]:
     """A token for each row of logits [B, V], as its sampler, of one stream, would choose with that text alone.
 
-    Rows whose options are equal are one call. ValueError for logits without a finite maximum.
+    Rows whose options are equal are one call. -1 for logits without a finite maximum.
     """
     alike: dict[Sampling, list[int]] = {}
     for row, sampler in enumerate(samplers):

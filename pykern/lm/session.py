@@ -10,7 +10,7 @@ from torch import Tensor
 from pykern.lm.batching import Batcher, Progress
 from pykern.lm.kvcache import KVCache
 from pykern.lm.packing import GROUPS
-from pykern.lm.sampling import Sampling, seeds_of
+from pykern.lm.sampling import BROKEN, Sampling, seeds_of
 from pykern.lm.weights import compiled_model, step_dtype
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class Session:
             **options.arguments(),
         )
         if (ids[:, :steps] < 0).any():
-            raise ValueError("sampling: logits have no finite maximum (NaN or infinity)")
+            raise ValueError(BROKEN)
         self.cache.advance(steps, texts)
         draws[live] = own_draws
         text[:, end : end + steps] = text[:, end - 1 : end]  # texts that have ended repeat their last token
@@ -271,7 +271,10 @@ class Session:
         return self._batcher.submit(prompt, max_new_tokens, seed, stop_tokens, sampling)
 
     def poll(self) -> list[Progress]:
-        """One step of all running requests: their new tokens. Nothing is left to do when `pending` is 0."""
+        """One step of all running requests: their new tokens. Nothing is left to do when `pending` is 0.
+
+        A request whose logits are NaN or infinite is done, with the reason in `error`; the others go on.
+        """
         return self._batcher.poll()
 
     @property
