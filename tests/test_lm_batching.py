@@ -191,7 +191,7 @@ def test_speculation_refuses():
 
 
 def test_a_request_without_finite_logits_ends_alone():
-    """Token 3 is NaN: a prompt that holds it ends with the reason, its neighbour gets its tokens, and so do later ones."""
+    """Token 3 is NaN: a prompt that holds it ends with the reason, its neighbour and later ones get their tokens."""
     model = make(tied_head=False)
     with torch.no_grad():
         model.transformer.wte.weight[3] = torch.nan
