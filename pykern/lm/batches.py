@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pykern.lm.files import checked_size, replace_file
+from pykern.lm.files import map_npy, replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,9 @@ def save_tokens(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
 
 def load_tokens(path: str | os.PathLike[str]) -> np.ndarray:
     """The tokens of a .npy file, read-only uint16 or uint32 [N], mapped and not read. ValueError unless it is one."""
-    path = Path(path)
-    checked_size(path, 1 << 62)
     try:
-        return _checked_tokens(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, TypeError, EOFError) as error:
+        return _checked_tokens(map_npy(Path(path)))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a token file ({error})") from None
 
 

@@ -18,7 +18,7 @@ PREFILL_ROWS = 256  # prompt tokens read per poll(), so that running texts do no
 
 @dataclass(frozen=True)
 class Progress:
-    """What a poll() brought one request: its number, its new tokens, whether it is done, and why it had to end if so."""
+    """What a poll() brought one request: its number, its new tokens, whether it is done, and why if it had to end."""
 
     request: int
     tokens: list[int]

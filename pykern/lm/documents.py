@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pykern.lm.batches import load_tokens, save_tokens
-from pykern.lm.files import checked_size, replace_file
+from pykern.lm.files import map_npy, replace_file
 from pykern.lm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -113,10 +113,9 @@ class Documents:
         whose content is not tokens, or not the bounds of these tokens."""
         tokens = load_tokens(path)
         name = bounds_path(path)
-        checked_size(name, 1 << 62)
         try:
-            return cls(tokens, np.load(name, mmap_mode="r", allow_pickle=False))
-        except (ValueError, TypeError, EOFError) as error:
+            return cls(tokens, map_npy(name))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: not the bounds of {path} ({error})") from None
 
 

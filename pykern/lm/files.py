@@ -8,7 +8,10 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
+
+import numpy as np
 
 
 def checked_size(path: Path, max_bytes: int) -> int:
@@ -24,6 +27,19 @@ def checked_size(path: Path, max_bytes: int) -> int:
     if info.st_size > max_bytes:
         raise ValueError(f"{path}: {info.st_size} bytes, but at most {max_bytes} are accepted")
     return info.st_size
+
+
+def map_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped and not read. FileNotFoundError; ValueError when it is none: numpy parses the
+    header as Python, so that its other errors are those of a tokenizer, a compiler and an integer."""
+    checked_size(path, 1 << 62)
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, TypeError, EOFError, OverflowError, SyntaxError, TokenError) as error:
+        raise ValueError(f"not a .npy file ({error})") from None
+    if not isinstance(found, np.ndarray):  # of a .npz
+        raise ValueError("an archive of arrays, not one")
+    return found
 
 
 def _refuse_constant(name: str) -> Any:

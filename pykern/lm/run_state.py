@@ -1,6 +1,5 @@
 """The training state of a checkpoint, training.json: where a run stands, and on what it was started."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -43,7 +42,7 @@ def read_state(values: dict[str, Any] | None, out: Path) -> State:
         _is_count(step)
         and (_is_count(tokens) or (tokens is None and isinstance(text, dict) and text.get("split") is None))
         and isinstance(seconds, int | float)
-        and 0.0 <= seconds < math.inf
+        and 0.0 <= seconds < 2**62
         and isinstance(options, dict)
         and isinstance(text, dict)
         and all(isinstance(text.get(name), str) for name in CORPUS)
