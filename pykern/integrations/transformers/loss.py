@@ -54,7 +54,11 @@ OURS: dict[str, Callable[..., Tensor]] = {"ForCausalLMLoss": causal_loss, "ForMa
 
 def replacement(model: torch.nn.Module) -> tuple[Callable[..., Tensor] | None, str]:
     """(the loss that takes the place of model.loss_function, or None, and a word on why)."""
-    if "loss_function" not in inspect.getsource(type(model).forward):
+    try:
+        uses = "loss_function" in inspect.getsource(type(model).forward)
+    except OSError:
+        return None, "the source of forward() is not at hand, so its loss is not known"
+    if not uses:
         return None, "forward() computes its loss, if any, by itself"
     theirs = model.loss_function
     if theirs in OURS.values():

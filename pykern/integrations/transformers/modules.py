@@ -4,7 +4,7 @@ A module changes its class, not its parameters: names, hooks and state stay. Roo
 between families in details that no name tells, so each is tried with small random weights against pykern's op first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -79,6 +79,11 @@ def agrees(module: torch.nn.Module, x: Tensor, expected: Tensor, tolerance: floa
     return True
 
 
+def subclass(base: type, forward: Callable[..., Any], op: str) -> type:
+    """A class of the same name, which hooks and wrapping policies of others may look for, with another forward."""
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "pykern_op": op})
+
+
 # ---- root-mean-square norms
 
 
@@ -94,7 +99,9 @@ def rms_class(base: Any, eps_name: str, offset: float) -> type:
             weight = offset + (weight if weight.dtype == torch.float64 else weight.float())
         return ops.rms_norm(x, weight, getattr(self, eps_name))
 
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "fused": "pykern.rms_norm"})
+    return type(
+        base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "pykern_op": "pykern.rms_norm"}
+    )
 
 
 @torch.no_grad()
@@ -151,7 +158,7 @@ def mlp_class(base: Any, names: tuple[str | None, str, str], activation: str) ->
             activation=activation,
         )
 
-    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__, "fused": "pykern.mlp"})
+    return subclass(base, forward, "pykern.mlp")
 
 
 def small_linear(inputs: int, outputs: int, bias: bool, generator: torch.Generator) -> torch.nn.Linear:

@@ -93,7 +93,7 @@ def _candidate(module: torch.nn.Module, kinds: frozenset[str]) -> tuple[type | N
         return EXACT[kind]
     if kind in EXACT:
         return None
-    if kind in [new for new, _ in EXACT.values()] or hasattr(kind, "fused"):
+    if kind in [new for new, _ in EXACT.values()] or hasattr(kind, "pykern_op"):
         return None, "is pykern's already"
     if "linear" in kinds and isinstance(module, torch.nn.Linear):
         return None, "has a class of its own that may compute something else than torch.nn.Linear"
