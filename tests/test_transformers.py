@@ -237,7 +237,7 @@ def test_dropout_is_repeated_by_the_seed():
 def test_half_precision_is_as_close_to_float32_as_eager_is(dtype):
     exact = make("llama")(tokens()).logits
     errors = [(make("llama", name).to(dtype)(tokens()).logits - exact).abs().max() for name in ("pykern", "eager")]
-    assert errors[0] <= 2.0 * errors[1]  # both are the rounding of two layers; measured 0.7 to 1.0
+    assert errors[0] <= 2.0 * errors[1]  # both are the rounding of two layers; measured 0.7 to 1.1
 
 
 def test_set_attn_implementation(calls):

@@ -259,7 +259,7 @@ def test_families_with_attention_of_their_own(family, monkeypatch):
         with pytest.raises(KeyError, match="pykern"):
             make(family, "pykern")
     elif V5:
-        with pytest.raises(ValueError, match="Config compute attention by themselves and take no other"):
+        with pytest.raises(ValueError, match="Config compute attention by themselves, or some of it, and take no"):
             make(family, "pykern")(tokens(), attention_mask=torch.ones(2, 9, dtype=torch.int64))
     else:  # transformers 4 makes their masks itself: what comes out is eager's
         assert torch.equal(make(family, "pykern")(tokens()).logits, make(family)(tokens()).logits)
@@ -283,14 +283,23 @@ def test_families_that_transformers_4_leaves_out(family, monkeypatch):
     assert calls["attention_forward"] == 0
 
 
-def test_which_configs_call_the_interface():
-    make("llama"), make("bloom")
-    assert calls_interface(transformers.LlamaConfig()) and not calls_interface(transformers.BloomConfig())
-
-    class Foreign:
-        """A config whose models are not known."""
-
-    assert calls_interface(Foreign())
+@pytest.mark.parametrize(
+    ("config", "model", "calls"),
+    [
+        ("LlamaConfig", "LlamaModel", True),
+        ("Gemma2Config", "Gemma2Model", True),  # not made for sdpa, but all layers call the interface
+        ("GPT2Config", "GPT2Model", True),  # a layer with a softmax of its own beside the interface
+        ("BloomConfig", "BloomModel", False),
+        ("GitConfig", "GitModel", False),  # the layers for pictures call the interface, those for text do not
+        ("BlipTextConfig", "BlipForConditionalGeneration", False),  # likewise, in two files
+        ("CLIPConfig", "CLIPModel", True),
+    ],
+)
+def test_which_configs_call_the_interface(config, model, calls):
+    assert hasattr(transformers, model)  # imported on first use
+    kind = getattr(transformers, config, None) or getattr(transformers.models.blip, config)
+    assert calls_interface(kind) is calls
+    assert calls_interface(Layer)  # of nobody we know
 
 
 def test_a_mask_of_the_user_s_own():

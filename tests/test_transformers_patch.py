@@ -1,7 +1,11 @@
 """patch(model): what is replaced, that results and gradients stay, and that undo() leaves no trace."""
 
+import contextlib
 import copy
+import io
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,7 +269,7 @@ def test_bfloat16_is_as_close_to_float32_as_before(family):
     patch(model)
     after = model(tokens()).logits
     assert after.dtype == torch.bfloat16
-    assert (after - exact).abs().max() <= 2.0 * before  # both round in each layer; measured 0.7 to 1.1
+    assert (after - exact).abs().max() <= 2.0 * before  # both round in each layer; measured 0.9 to 1.2
 
 
 def test_autocast(monkeypatch):
@@ -403,3 +407,17 @@ def test_an_mlp_with_other_parts_is_left():
     module = MLP(torch.relu)
     module.norm = nn.LayerNorm(6)
     assert patch(nn.ModuleList([module])).left == {"0": "has parts that an MLP has not: norm"}
+
+
+BLOCKS = re.compile(r"```python\n(.*?)```\n(?:```text\n(.*?)```\n)?", re.DOTALL)
+
+
+def test_the_page_s_code_prints_what_it_says():
+    page = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    blocks, names = BLOCKS.findall(page), {}
+    assert len(blocks) == page.count("```python") == page.count("```text") == 2
+    for code, expected in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "docs/transformers.md", "exec"), names)
+        assert printed.getvalue() == expected

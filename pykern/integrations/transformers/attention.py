@@ -5,6 +5,7 @@ every layer and expects ([B, T, H, E], weights or None). Masks are those that it
 or None for the upper left triangle. What a layer passes and this file does not know is refused, never dropped.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -183,31 +184,43 @@ def forward(
     return out.transpose(1, 2).contiguous().to(dtype), None
 
 
-_calls_interface: dict[type, bool] = {}
+def names_in(kind: type) -> set[str]:
+    """What the methods of a class refer to."""
+    functions = (inspect.unwrap(value) for value in vars(kind).values() if callable(value))
+    return {name for f in functions if hasattr(f, "__code__") for name in f.__code__.co_names}
 
 
-def calls_interface(config: Any) -> bool:
-    """Whether the models of this config call registered attention functions, as far as their module tells.
+def calls_interface(config: type) -> bool:
+    """Whether the models of this class of configs leave all attention to the registered function, as far as their
+    modules tell, or else are made for the masks of "sdpa".
 
-    A module with attention layers of its own that does not know the interface computes with the mask by itself, and
-    would add a bool mask to its scores as if it were numbers.
+    A layer with a softmax of its own would add a bool mask to its scores as if it were numbers.
     """
-    kind = type(config)
-    if kind not in _calls_interface:
-        modelling = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
-        names = {} if modelling is None else vars(modelling)
-        layers = [x for x in names.values() if isinstance(x, type) and issubclass(x, torch.nn.Module)]
-        own = any("Attention" in x.__name__ and x.__module__ == names["__name__"] for x in layers)
-        _calls_interface[kind] = not own or "ALL_ATTENTION_FUNCTIONS" in names
-    return _calls_interface[kind]
+    package, _, name = config.__module__.rpartition(".")
+    if not name.startswith("configuration_"):
+        return True
+    files = [module for path, module in list(sys.modules.items()) if path.startswith(f"{package}.modeling_")]
+    kinds = [x for file in files for x in vars(file).values() if isinstance(x, type) and x.__module__ == file.__name__]
+    layers = [names_in(kind) for kind in kinds if "Attention" in kind.__name__ and issubclass(kind, torch.nn.Module)]
+    if not any("softmax" in names and "ALL_ATTENTION_FUNCTIONS" not in names for names in layers):
+        return True
+    models = [kind for kind in kinds if getattr(kind, "config_class", None) is config]
+    interface = any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+    return interface and any(getattr(model, "_supports_sdpa", False) for model in models)
+
+
+_known: dict[type, bool] = {}  # not functools.cache, of which torch.compile warns
 
 
 def _mask_function(sdpa_mask: Callable[..., Any]) -> Callable[..., Any]:
     def pykern_mask(*args: Any, config: Any = None, **options: Any) -> Any:
-        if config is not None and not calls_interface(config):
+        kind = type(config)
+        if kind not in _known:
+            _known[kind] = calls_interface(kind)
+        if not _known[kind]:
             raise ValueError(
-                f"pykern: the models of {type(config).__name__} compute attention by themselves and take no other "
-                "implementation; patch(model) replaces their other modules"
+                f"pykern: the models of {kind.__name__} compute attention by themselves, or some of it, and "
+                "take no other implementation; patch(model) replaces their other modules"
             )
         return sdpa_mask(*args, config=config, **options)
 
