@@ -1,5 +1,6 @@
 """The attention function alone: each form of mask, bias and option against the formula in float64, and the refusals."""
 
+import sys
 import types
 
 import pytest
@@ -118,8 +119,11 @@ def test_position_bias_has_a_gradient(form, S):
         tensors = qkv(S=S)
         assert_formula(tensors, bias + hidden(triangle(5, S)), {"position_bias": bias}, others=[bias])
         return
-    mask = open_ if form == "bool" else torch.zeros(open_.shape, dtype=torch.float64).masked_fill(~open_, LOW)
-    assert_formula(qkv(S=S), bias + hidden(open_), {"position_bias": bias}, mask, others=[bias])
+    more = torch.zeros(open_.shape, dtype=torch.float64)
+    if form == "numbers":
+        more = torch.randn(open_.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    mask = open_ if form == "bool" else more.masked_fill(~open_, LOW)
+    assert_formula(qkv(S=S), bias + more + hidden(open_), {"position_bias": bias}, mask, others=[bias])
 
 
 def test_a_float32_bias_beside_half_queries_keeps_its_precision():
@@ -146,6 +150,13 @@ def test_sinks_and_softcap():
     out, _ = forward(Layer(), q, k, v, None, softcap=0.5, scaling=1.0)
     scores = 0.5 * torch.tanh(q @ k.mT / 0.5) + hidden(triangle(5, 5))
     torch.testing.assert_close(out, (scores.softmax(-1) @ v).transpose(1, 2), **EXACT)
+
+
+def test_dropout_in_training_only():
+    """Some layers pass their probability always; eager looks at module.training too."""
+    expected = formula(*qkv(), hidden(triangle(5, 5)))
+    torch.testing.assert_close(forward(Layer(), *qkv(), None, dropout=1.0)[0], expected, **EXACT)
+    assert not forward(Layer(training=True), *qkv(), None, dropout=1.0)[0].any()
 
 
 def test_sequences_end_to_end():
@@ -229,6 +240,12 @@ def test_register_refuses_names_and_ignores_what_it_is_told():
         assert torch.equal(model(tokens(), flavour=1).logits, strict(tokens()).logits)
         with pytest.raises(ValueError, match="LlamaAttention: flavour is not known to pykern"):
             strict(tokens(), flavour=1)
+
+
+def test_register_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pykern: transformers 4.57 or later is missing: pip install 'pykern\[hf\]'"):
+        register()
 
 
 def test_attention_weights_are_refused_by_whole_models():

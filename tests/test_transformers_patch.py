@@ -285,10 +285,10 @@ def test_autocast(monkeypatch):
     assert errors[1] <= 2.0 * errors[0] and calls["mlp_forward"] == 2
 
 
-@pytest.mark.parametrize("items", [None, 11, torch.tensor(11)])
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])
 def test_the_loss_divides_by_what_the_trainer_says(items):
     labels = tokens(seed=5)
-    labels[1, 4:] = -100
+    labels[1, 4:] = -100  # 11 are left
     model = make("llama")
     options = {} if items is None else {"num_items_in_batch": items}
     expected = model(tokens(), labels=labels, **options).loss.detach()
@@ -349,6 +349,18 @@ def test_norms_are_recognised_by_what_they_compute(twist):
     else:
         assert patched.left == {"0": "computes something else than a root-mean-square norm"}
     torch.testing.assert_close(holder[0](x), expected, rtol=1e-6, atol=1e-6)  # float32, sums of 8 numbers
+
+
+def test_a_norm_of_another_dtype_than_its_weight_is_the_family_s_own(monkeypatch):
+    """A float32 weight makes of bfloat16 a float32 result in Llama, which pykern.rms_norm would not."""
+    theirs, ours = make("llama").model.norm, make("llama").model.norm
+    patch(nn.ModuleList([ours]))
+    calls = counted(monkeypatch, *FORWARDS)
+    x = torch.randn(3, 32)
+    assert ours(x.bfloat16()).dtype == torch.float32 and torch.equal(ours(x.bfloat16()), theirs(x.bfloat16()))
+    assert calls["rms_norm_forward"] == 0
+    ours(x)
+    assert calls["rms_norm_forward"] == 1
 
 
 def test_a_norm_without_a_weight_is_left():

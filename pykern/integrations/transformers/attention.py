@@ -243,8 +243,8 @@ def register(name: str = "pykern", *, ignore: Iterable[str] = ()) -> str:
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    except ImportError:
-        raise ImportError("pykern: transformers 4.57 or later is missing: pip install 'pykern[hf]'") from None
+    except ImportError as error:
+        raise ImportError("pykern: transformers 4.57 or later is missing: pip install 'pykern[hf]'") from error
     others = AttentionInterface().get(name) is not None and not is_registered(name)
     if not name.isidentifier() or any(part in name for part in TAKEN) or others:
         raise ValueError(
