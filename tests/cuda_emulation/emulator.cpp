@@ -17,6 +17,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -227,6 +228,9 @@ void prepare(Fiber& fiber, unsigned number, const Launch& launch) {
   fiber.groups.clear();
   const unsigned x = launch.block.x, y = launch.block.y;
   fiber.index = Dim3(number % x, number / x % y, number / (x * y));
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack, kStack);  // of frames that the last thread here never left
+#endif
   void** top = reinterpret_cast<void**>(fiber.stack + kStack);
   *--top = nullptr;  // alignment: as if fiber_main had been called
   *--top = reinterpret_cast<void*>(&fiber_main);
