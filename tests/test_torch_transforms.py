@@ -1,5 +1,8 @@
 """Every op of pykern.ops under autocast, checkpointing and torch.func (grad, vjp, jvp, vmap); table: torch_cases.py."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import gelu
@@ -239,3 +242,10 @@ def test_dropout_in_vmap_follows_its_randomness():
         torch.vmap(drop)(x)
     a, b = torch.vmap(drop, randomness="same")(x)
     assert torch.equal(a, b)
+
+
+def test_documented_example():
+    """docs/torch.md: its code runs."""
+    page = (Path(__file__).parent.parent / "docs" / "torch.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "docs/torch.md", "exec"), {})

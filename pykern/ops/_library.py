@@ -22,6 +22,10 @@ _library = torch.library.Library("pykern", "DEF")
 below_autograd_guard = torch._C._AutoDispatchBelowAutograd
 
 
+# Asking isinstance(x, Tensor) of each takes longer than most kernels' checks: torch answers it in Python.
+_NOT_TENSORS = frozenset((type(None), bool, int, float, str, list, tuple))
+
+
 def is_plain(args: Sequence) -> bool:
     """Whether torch's dispatcher would do nothing with these arguments but call autograd and then the kernel.
 
@@ -34,7 +38,7 @@ def is_plain(args: Sequence) -> bool:
         if kind is Tensor or kind is Parameter:
             if not (x.is_cpu or x.is_cuda) or x.is_neg():
                 return False
-        elif isinstance(x, Tensor):
+        elif kind not in _NOT_TENSORS and isinstance(x, Tensor):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
@@ -47,7 +51,14 @@ def is_plain(args: Sequence) -> bool:
 
 
 def wants_grad(args: Sequence) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if not torch.is_grad_enabled():
+        return False
+    for x in args:
+        kind = type(x)
+        tensor = kind is Tensor or kind is Parameter or (kind not in _NOT_TENSORS and isinstance(x, Tensor))
+        if tensor and x.requires_grad:
+            return True
+    return False
 
 
 class Operator:

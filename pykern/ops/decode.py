@@ -10,6 +10,7 @@ from pykern.ops._library import (
     _library,
     below_autograd_guard,
     define,
+    is_plain,
     optional_tensors,
     refuse_tangents,
     require_tensors,
@@ -208,7 +209,8 @@ def attention_with_kvcache(
         if x.dim() != 4:
             raise ValueError(f"attention_with_kvcache: {name} must be {layout}, got shape {list(x.shape)}")
     left, right = window_limits("attention_with_kvcache", window, causal)
-    out, lse = _decode(
+    run = _attend if is_plain((q, k_cache)) else _decode.dispatched  # both: what is traced is traced whole
+    out, lse = run(
         *(q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin),
         slopes_of("attention_with_kvcache", alibi_slopes, q.shape[0], q.shape[1]),
         *(sinks, block_table, cache_leftpad, causal),
