@@ -45,7 +45,7 @@ _NAMES |= dict.fromkeys(
     ],
     "pykern.ops",
 )
-_MODULES = ("ops", "nn", "optim", "tape", "lm", "integrations", "testing")
+_MODULES = ("ops", "nn", "optim", "arrays", "tape", "lm", "integrations", "testing")
 
 __all__ = [*_NAMES, *_MODULES]
 

@@ -72,6 +72,10 @@ class AdamW(torch.optim.Optimizer):
         self.max_norm = max_norm
         self.grad_norm: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the base class would forget what it does not know."""
+        return super().__getstate__() | {"max_norm": self.max_norm, "grad_norm": self.grad_norm}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:

@@ -23,6 +23,8 @@ hypothesis.settings.load_profile("pykern")
 
 LONG = ("test_cuda_emulation", "test_every_isa", "test_training_curves", "test_benchmarks", "test_cuda_gate")
 
+LAST = ("test_arrays",)  # JAX has threads: a process that has loaded it should fork no more
+
 
 def pytest_configure(config):
     """Ctrl-C works, also where a shell without job control started pytest in the background, which ignores it.
@@ -38,6 +40,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """Workers take file after file: the long ones first, or at the end one worker would wait for the other."""
+    items.sort(key=lambda item: item.path.stem in LAST)
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 

@@ -108,3 +108,21 @@ class Elsewhere:
         pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
         _View.from_address(pointer(capsule, b"dltensor")).device[0] = 2
         return capsule
+
+
+class OfLibrary(Wrapped):
+    """An array of a library of its own, as CuPy's is: it names the namespace whose from_dlpack makes such arrays."""
+
+    def __array_namespace__(self):
+        return OfLibrary
+
+    @staticmethod
+    def from_dlpack(producer):
+        return OfLibrary(np.from_dlpack(producer))
+
+
+class Elsewhere8(Wrapped):
+    """On a device that is neither CPU nor CUDA."""
+
+    def __dlpack_device__(self):
+        return 8, 0

@@ -30,6 +30,7 @@ KERNEL_STD = {"integer_sequence", "make_integer_sequence", "index_sequence", "ma
 MAY_NOT_IMPORT = {
     "ops": ("pykern.nn", "pykern.lm", "pykern.tape", "pykern.optim", "pykern.cli"),
     "nn": ("pykern.lm", "pykern.tape", "pykern.cli"),
+    "arrays": ("pykern.nn", "pykern.lm", "pykern.tape", "pykern.optim", "pykern.cli"),
     "optim": ("pykern.lm", "pykern.tape", "pykern.nn", "pykern.cli"),
     "lm": ("pykern.tape",),
     "course": ("pykern.cli",),

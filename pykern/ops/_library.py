@@ -10,15 +10,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils.dlpack import from_dlpack
 
 from pykern.config import _C as _C  # with the ImportError that explains a missing extension
 from pykern.config import allows_tf32 as allows_tf32
+from pykern.ops._transforms import Refusal, in_transform, transformed
 
 _library = torch.library.Library("pykern", "DEF")
 below_autograd_guard = torch._C._AutoDispatchBelowAutograd
+
+
+# Asking isinstance(x, Tensor) of each takes longer than most kernels' checks: torch answers it in Python.
+_NOT_TENSORS = frozenset((type(None), bool, int, float, str, list, tuple))
 
 
 def is_plain(args: Sequence) -> bool:
@@ -33,12 +39,12 @@ def is_plain(args: Sequence) -> bool:
         if kind is Tensor or kind is Parameter:
             if not (x.is_cpu or x.is_cuda) or x.is_neg():
                 return False
-        elif isinstance(x, Tensor):
+        elif kind not in _NOT_TENSORS and isinstance(x, Tensor):
             return False
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack()
+        or peek_interpreter_stack()
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
         or forward_ad._current_level >= 0
@@ -46,7 +52,14 @@ def is_plain(args: Sequence) -> bool:
 
 
 def wants_grad(args: Sequence) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    if not torch.is_grad_enabled():
+        return False
+    for x in args:
+        kind = type(x)
+        tensor = kind is Tensor or kind is Parameter or (kind not in _NOT_TENSORS and isinstance(x, Tensor))
+        if tensor and x.requires_grad:
+            return True
+    return False
 
 
 class Operator:
@@ -60,9 +73,13 @@ class Operator:
         self.name, self.kernel = name, kernel
         self.dispatched = getattr(torch.ops.pykern, name).default
         self.function: type[torch.autograd.Function] | None = None  # what records it for autograd
+        self.transformed: type[torch.autograd.Function] | None = None  # and in torch.func.grad, vjp, vmap
 
     def __call__(self, *args):
         if not is_plain(args):
+            if self.transformed is not None and in_transform():
+                *results, _ = self.transformed.apply(*args)
+                return _without_none(tuple(results), args) if len(results) > 1 else results[0]
             return self.dispatched(*args)
         if self.function is not None and wants_grad(args):
             return self.function.apply(*args)
@@ -116,13 +133,17 @@ def _differentiable_once(refusal: str, backward):
         if not torch.is_grad_enabled():  # the usual case: no create_graph=True
             return results
         results = results if isinstance(results, tuple) else (results,)
+        if in_transform():
+            made = given(*results)
+            copies = iter(Refusal.apply(refusal, len(made), *made, *given(*ctx.saved_tensors, *grads)))
+            return tuple(None if x is None else next(copies) for x in results)
         refuse = torch._C._functions.DelayedError(refusal, len(results))
         return refuse(*(None if x is None else x.detach().requires_grad_() for x in results))
 
     return staticmethod(once)
 
 
-def _refuse_tangents(name: str, args: Sequence) -> None:
+def refuse_tangents(name: str, args: Sequence) -> None:
     """NotImplementedError in forward mode: the tangent would be dropped, and taken for zero."""
     if forward_ad._current_level < 0:
         return
@@ -142,10 +163,16 @@ def differentiable(
         refusal = refusal or f"pykern::{op.name} has no second derivative"
         function.backward = _differentiable_once(refusal, function.backward)  # type: ignore[method-assign]
     op.function = function
+    op.transformed = transformed(op.name, function)
 
     def with_autograd(*args):
-        _refuse_tangents(op.name, args)
+        refuse_tangents(op.name, args)
         if wants_grad(args):
+            if peek_interpreter_stack() is not None:
+                raise NotImplementedError(
+                    f"pykern::{op.name}: torch.func.grad and vjp take pykern's functions in eager code, neither "
+                    "torch.ops.pykern nor torch.compile around them"
+                )
             return _without_none(function.apply(*args), args)
         with below_autograd_guard():
             return op.dispatched(*args)

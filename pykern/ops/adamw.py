@@ -12,6 +12,7 @@ from pykern.ops._library import (
     define,
     is_plain,
     optional_tensors,
+    refuse_tangents,
     require_tensors,
     unit_last,
     wants_grad,
@@ -48,6 +49,7 @@ _adamw = define(
 def _not_differentiable(*tensors, **options):
     if wants_grad((*tensors, options.get("scale"))):
         raise RuntimeError("adamw: not differentiable; call it under torch.no_grad()")
+    refuse_tangents("adamw_", (*tensors, options.get("scale")))
     with below_autograd_guard():
         _adamw.dispatched(*tensors, **options)
 

@@ -130,7 +130,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-):
+) -> Any:
     """softmax(softmax_scale q k^T) v for q [B, T, H, D], k [B, S, G, D], v [B, S, G, E] -> [B, T, H, E].
 
     bfloat16, float16, float32 or float64, D and E up to 1024; head h reads key head h // (H // G); differentiable.
@@ -159,7 +159,7 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-):
+) -> Any:
     """pykern.flash_attn_func for keys and values in one tensor, kv [B, S, 2, G, D], read in place."""
     op = "flash_attn_kvpacked_func"
     require_tensors(op, q=q)
@@ -178,7 +178,7 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-):
+) -> Any:
     """pykern.flash_attn_func for queries, keys and values in one tensor, qkv [B, S, 3, H, D], read in place."""
     op = "flash_attn_qkvpacked_func"
     options = _options(op, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
@@ -203,7 +203,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
-):
+) -> Any:
     """flash_attn_func for N sequences end to end: q [total_q, H, D], k [total_k, G, D], v [total_k, G, E].
 
     cu_seqlens_q, cu_seqlens_k int32 [N + 1]: sequence b is rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 of q, and
@@ -237,7 +237,7 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-):
+) -> Any:
     """pykern.flash_attn_varlen_func for keys and values in one tensor, kv [total_k, 2, G, D], read in place.
 
     Formula: pykern.flash_attn_func.
@@ -261,7 +261,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-):
+) -> Any:
     """pykern.flash_attn_varlen_func for queries, keys and values in one tensor, qkv [total, 3, H, D], read in place.
 
     Formula: pykern.flash_attn_func.

@@ -140,7 +140,7 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
-):
+) -> Any:
     """Writes k, v [B, N, G, D|E] into the caches at cache_seqlens, then attends: q [B, T, H, D] -> [B, T, H, E].
 
     k_cache [rows, capacity, G, D], v_cache [rows, capacity, G, E]: strided views too, changed in place; with

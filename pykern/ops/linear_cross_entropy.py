@@ -113,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, target, ignore_index, label_smoothing, z_loss, reduction, _):
         wanted = list(ctx.needs_input_grad[:3])
         options = (ignore_index, label_smoothing, z_loss, reduction)
-        early = reduction != "none" and x.dtype != torch.float16
+        early = any(wanted) and reduction != "none" and x.dtype != torch.float16  # torch.func knows only later
         loss, *grads = _head.below_autograd(
             x, weight, bias, target, *options, wanted if early else [False, False, False]
         )

@@ -1,5 +1,7 @@
 """Layer and root-mean-square normalisation over the last dimension, residual addition included, differentiable."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -171,6 +173,18 @@ def _autocast(x: Tensor, residual: Tensor | None, *columns: Tensor | None) -> tu
     return x, residual, torch.get_autocast_dtype(x.device.type), *columns
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: None = None
+) -> Tensor: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -194,6 +208,16 @@ def layer_norm(
     return out if residual is None else (out, h)
 
 
+@overload
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, residual: None = None) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def rms_norm(
     x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:

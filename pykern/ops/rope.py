@@ -5,6 +5,8 @@ from torch import Tensor
 
 from pykern.ops._library import _C, define, differentiable, require_tensors, unit_last
 
+_NO_GRADIENT = "rope: cos and sin get no gradient; call detach() on them"
+
 
 def _like(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -28,13 +30,15 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin, positions, interleaved, inverse):
         if cos.requires_grad or sin.requires_grad:
-            raise RuntimeError("rope: cos and sin get no gradient; call detach() on them")
+            raise RuntimeError(_NO_GRADIENT)
         ctx.save_for_backward(cos, sin, positions)
         ctx.turn = interleaved, inverse
         return _rope.below_autograd(x, cos, sin, positions, interleaved, inverse)
 
     @staticmethod
     def backward(ctx, dout):
+        if any(ctx.needs_input_grad[1:3]):  # torch.func tells forward nothing
+            raise RuntimeError(_NO_GRADIENT)
         cos, sin, positions = ctx.saved_tensors
         interleaved, inverse = ctx.turn
         return _rope(dout, cos, sin, positions, interleaved, not inverse), None, None, None, None, None
