@@ -21,21 +21,21 @@ pytestmark = pytest.mark.one_isa
 ROOT = Path(__file__).parent.parent
 MAPS = """\
 55d0c5c00000-55d0c5c01000 r--p 00000000 fe:00 1054                       /usr/bin/python3.11
-7f0000000000-7f0000010000 r--p 00000000 fe:00 2001                       /opt/with space/torch/lib/libgomp.so.1
-7f0000010000-7f0000020000 r-xp 00010000 fe:00 2001                       /opt/with space/torch/lib/libgomp.so.1
-7f0000030000-7f0000040000 r-xp 00000000 fe:00 2002                       /opt/sk/libgomp-e985bcbb.so.1.0.0 (deleted)
-7f0000040000-7f0000050000 r-xp 00000000 fe:00 2003                       /opt/intel/libiomp5.so
-7f0000050000-7f0000060000 r-xp 00000000 fe:00 2004                       /opt/llvm/libomp.so.5
-7f0000060000-7f0000070000 r-xp 00000000 fe:00 2005                       /opt/llvm/libomptarget.so.16
-7f0000070000-7f0000080000 r-xp 00000000 fe:00 2006                       /home/libomp/lib/_decomp.so
+7f0000000000-7f0000010000 r--p 00000000 fe:00 2001                       /usr/lib/with space/torch/lib/libgomp.so.1
+7f0000010000-7f0000020000 r-xp 00010000 fe:00 2001                       /usr/lib/with space/torch/lib/libgomp.so.1
+7f0000030000-7f0000040000 r-xp 00000000 fe:00 2002                       /usr/lib/sk/libgomp-e985bcbb.so.1.0.0 (deleted)
+7f0000040000-7f0000050000 r-xp 00000000 fe:00 2003                       /usr/lib/intel/libiomp5.so
+7f0000050000-7f0000060000 r-xp 00000000 fe:00 2004                       /usr/lib/llvm/libomp.so.5
+7f0000060000-7f0000070000 r-xp 00000000 fe:00 2005                       /usr/lib/llvm/libomptarget.so.16
+7f0000070000-7f0000080000 r-xp 00000000 fe:00 2006                       /usr/lib/libomp/lib/_decomp.so
 7f0000080000-7f0000090000 rw-p 00000000 00:00 0
 7f0000090000-7f00000a0000 rw-p 00000000 00:00 0                          [heap]
 """
 RUNTIMES = [
-    "/opt/intel/libiomp5.so",
-    "/opt/llvm/libomp.so.5",
-    "/opt/sk/libgomp-e985bcbb.so.1.0.0",
-    "/opt/with space/torch/lib/libgomp.so.1",
+    "/usr/lib/intel/libiomp5.so",
+    "/usr/lib/llvm/libomp.so.5",
+    "/usr/lib/sk/libgomp-e985bcbb.so.1.0.0",
+    "/usr/lib/with space/torch/lib/libgomp.so.1",
 ]
 
 
