@@ -4,6 +4,7 @@ The names below are imported on first use: ``import pykern`` loads neither torch
 """
 
 from importlib import import_module
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -50,13 +51,23 @@ _MODULES = ("ops", "nn", "optim", "arrays", "tape", "lm", "integrations", "testi
 __all__ = [*_NAMES, *_MODULES]
 
 
+def _load(module: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        words = f"{module} needs torch, which is not installed: pip install 'pykern[torch]'"
+        raise ModuleNotFoundError(words, name="torch") from error
+
+
 def __getattr__(name):
     if name in _NAMES:
-        value = getattr(import_module(_NAMES[name]), name)
+        value = getattr(_load(_NAMES[name]), name)
         globals()[name] = value
         return value
     if name in _MODULES:
-        return import_module(f"pykern.{name}")
+        return _load(f"pykern.{name}")
     raise AttributeError(f"module 'pykern' has no attribute '{name}'")
 
 

@@ -1,21 +1,43 @@
-"""What this installation can do and what it chose: ISA, threads, OpenMP, CUDA, torch."""
+"""What this installation can do and what it chose: versions, ISA, threads, OpenMP, CUDA."""
 
 import operator
 import os
+import platform
+import re
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pykern
 
+
+def _advice(folder: Path, reason: str) -> str:
+    """What to do about an extension that does not load, beside the files of pykern's folder."""
+    missing = re.match(r"(\S+): cannot open shared object file", reason)
+    if missing:
+        return (
+            f"pykern's compiled extension needs the library {missing[1]}, which this system does not have. "
+            "libgomp.so.1 is the OpenMP runtime of GCC: 'apt install libgomp1' or 'dnf install libgomp'; the wheels of "
+            f"torch bring one along, and 'import torch' before pykern is enough. Reason: {reason}"
+        )
+    built = sorted(path.name for path in folder.glob("_C.*") if path.suffix != ".pyi")
+    if built and "cannot import name" in reason:
+        return (
+            f"pykern's compiled extension is for another Python: {folder} has {', '.join(built)}, and this is Python "
+            f"{platform.python_version()} ({sys.implementation.cache_tag}). Install pykern again with this Python's pip"
+        )
+    return (
+        "pykern's compiled extension is missing or does not load. In a source checkout, install with "
+        "'pip install -e .' (a plain 'pip install .' followed by running from the repository root imports "
+        f"the folder ./pykern, which has no extension). Reason: {reason}"
+    )
+
+
 try:
     from pykern import _C
 except ImportError as error:
-    raise ImportError(
-        "pykern's compiled extension is missing or does not load. In a source checkout, install with "
-        "'pip install -e .' (a plain 'pip install .' followed by running from the repository root imports "
-        f"the folder ./pykern, which has no extension). Reason: {error}"
-    ) from error
+    raise ImportError(_advice(Path(__file__).parent, str(error))) from error
 
 
 def set_num_threads(n: int) -> None:
@@ -37,12 +59,36 @@ def get_num_threads() -> int:
     return _C.num_threads()
 
 
-def _openmp_runtimes() -> list[str]:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return []
-    files = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line}
-    return sorted({Path(f).name for f in files if any(name in f for name in ("libgomp", "libomp", "libiomp"))})
+_OPENMP = re.compile(r"lib(gomp|iomp|omp)\d*[-.]")  # of GCC, Intel, LLVM; wheels put a hash behind the name
+
+
+def openmp_runtimes(maps: str) -> list[str]:
+    """The paths of the OpenMP runtimes in maps, the text of /proc/self/maps, each once."""
+    fields = (line.split(maxsplit=5) for line in maps.splitlines())
+    paths = {f[5].removesuffix(" (deleted)") for f in fields if len(f) == 6}
+    return sorted(path for path in paths if _OPENMP.match(path.rpartition("/")[2]))
+
+
+def openmp_warning(runtimes: list[str]) -> str | None:
+    """One sentence about two OpenMP runtimes or more in one process, None where there is one at most."""
+    if len(runtimes) < 2:
+        return None
+    return (
+        f"{len(runtimes)} OpenMP runtimes are loaded: each keeps threads of its own, which compete for the processors, "
+        "and a thread count set in one (torch.set_num_threads) does not reach a library that uses another; set "
+        "OMP_NUM_THREADS and OMP_WAIT_POLICY=passive before Python starts, which all of them read, and give pykern its "
+        "count with pykern.set_num_threads(n)"
+    )
+
+
+def _version(package: str) -> str:
+    module = sys.modules.get(package)
+    if module is not None:
+        return module.__version__
+    try:
+        return f"{metadata.version(package)}, not imported"
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def config() -> dict[str, object]:
@@ -51,25 +97,36 @@ def config() -> dict[str, object]:
     exchange = "torch not imported"
     if torch is not None:
         exchange = "yes" if _C.borrow_path(torch.empty(1)) == "exchange" else "no, tensors cross through __dlpack__"
+    maps = Path("/proc/self/maps")
     return {
+        "pykern": pykern.__version__,
+        "python": platform.python_version(),
+        "numpy": _version("numpy"),
+        "torch": _version("torch"),
+        "dlpack exchange api": exchange,
         "isa": _C.isa(),
         "isa built": [name for name, _ in _C.isas()],
         "isa available": [name for name, here in _C.isas() if here],
         "PYKERN_ISA": os.environ.get("PYKERN_ISA", ""),
         "threads": _C.num_threads(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "openmp runtimes": _openmp_runtimes(),
+        "openmp runtimes": openmp_runtimes(maps.read_text()) if maps.exists() else "not known without /proc/self/maps",
         "cuda": _C.cuda_status(),
-        "torch": getattr(torch, "__version__", "not imported"),
-        "dlpack exchange api": exchange,
         "extension": _C.__file__,
     }
 
 
 def show_config() -> None:
-    """Prints the ISA built, available and chosen, threads, OpenMP runtimes, CUDA state, torch and its exchange API."""
-    for name, value in config().items():
+    """Prints versions, the ISA chosen, built and available, threads, OpenMP runtimes, CUDA state and the extension.
+
+    A last line warns of a second OpenMP runtime in the process.
+    """
+    facts = config()
+    for name, value in facts.items():
         print(f"{name:>20}: {', '.join(value) if isinstance(value, list) else value}")
+    runtimes = facts["openmp runtimes"]
+    if isinstance(runtimes, list) and (warning := openmp_warning(runtimes)):
+        print(f"{'warning':>20}: {warning}")
 
 
 # op -> the kernel that its forward pass is; None: torch functions put together

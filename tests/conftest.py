@@ -21,7 +21,14 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("pykern")
 
-LONG = ("test_cuda_emulation", "test_every_isa", "test_training_curves", "test_benchmarks", "test_cuda_gate")
+LONG = (
+    "test_cuda_emulation",
+    "test_every_isa",
+    "test_training_curves",
+    "test_benchmarks",
+    "test_cuda_gate",
+    "test_packaging",
+)
 
 LAST = ("test_arrays",)  # JAX has threads: a process that has loaded it should fork no more
 

@@ -26,6 +26,7 @@ from pykern.cli.prompt import add_prompt
 from pykern.cli.tokenize import add_tokenize
 from pykern.cli.train import add_train
 
+OF_LM = ("torch", "tokenizers", "safetensors", "rich", "matplotlib")  # what pykern[lm] installs
 USER_ERRORS = (ValueError, IndexError, OSError, ImportError, FloatingPointError, MemoryError)
 
 
@@ -106,5 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except USER_ERRORS as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ModuleNotFoundError) and error.name in OF_LM and "pip install" not in message:
+            message += ": pip install 'pykern[lm]'"
         print(f"pykern {name}: {message}", file=sys.stderr)
         return 1
