@@ -12,7 +12,7 @@ from dlpack_producers import Elsewhere8, OfLibrary, OnCuda, Wrapped
 from torch_cases import CASES, clones
 
 import pykern
-from pykern import arrays
+from pykern import _C, arrays
 from pykern.testing import assert_bitwise
 
 pytestmark = pytest.mark.one_isa
@@ -168,7 +168,7 @@ def read_only(array):
 
 
 def test_jax_caches_are_not_written(jax):
-    """JAX arrays are immutable. DLPack as jax speaks it does not say so: the kernels' own check would not see it."""
+    """JAX arrays are immutable. DLPack as jax speaks it does not say so."""
     given = caches()
     for name in ("k_cache", "v_cache"):
         cache = jax.numpy.asarray(given[name])
@@ -196,6 +196,13 @@ def test_caches_that_cannot_be_written(case):
     cache = make(caches()["k_cache"])
     with pytest.raises(ValueError, match="^attention_with_kvcache: " + words):
         arrays.attention_with_kvcache(**caches(k_cache=cache))
+
+
+def test_the_kernels_refuse_to_write_to_jax():
+    out = jax.numpy.zeros(3)
+    with pytest.raises(ValueError, match="relu: out is read-only"):
+        _C.activation_forward(np.ones(3, np.float32), out, kind="relu")
+    assert not np.asarray(out).any()
 
 
 def test_read_only_inputs():

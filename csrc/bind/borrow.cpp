@@ -134,12 +134,17 @@ static Tensor from_numpy(const py::array& array, const char* op, const char* nam
   fail(Kind::type, op, ": ", name, " cannot be borrowed: ", reason.substr(0, reason.find('\n')));
 }
 
+// Whether the type of array is of that package.
+static bool is_of(py::handle array, const std::string& package) {
+  const auto module = py::str(py::type::handle_of(array).attr("__module__")).cast<std::string>();
+  return module == package || module.rfind(package + ".", 0) == 0;
+}
+
 // The stream on which a CUDA array without the exchange API is used: for a torch before 2.10 the
 // one that torch computes on, else the default one, which the producer is asked to let wait for
 // itself.
 static void* stream_of(py::handle array) {
-  const auto module = py::str(py::type::handle_of(array).attr("__module__")).cast<std::string>();
-  if (module != "torch" && module.rfind("torch.", 0) != 0) return nullptr;
+  if (!is_of(array, "torch")) return nullptr;
   const py::object torch = py::module_::import("torch");
   const py::object stream = torch.attr("cuda").attr("current_stream")(array.attr("device"));
   return reinterpret_cast<void*>(stream.attr("cuda_stream").cast<uintptr_t>());
@@ -205,7 +210,8 @@ Borrowed::Borrowed(py::handle array, const char* op, const char* name) {
       tensor_ = from_view(m->view, m->flags & (dlpack::kReadOnly | dlpack::kCopied), op, name);
     } else if (PyCapsule_IsValid(c, "dltensor")) {
       const auto* m = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(c, "dltensor"));
-      tensor_ = from_view(m->view, false, op, name);
+      // An old capsule cannot say that its array is immutable, as every one of JAX is.
+      tensor_ = from_view(m->view, is_of(array, "jaxlib") || is_of(array, "jax"), op, name);
     } else {
       fail(Kind::type, op, ": ", name, ".__dlpack__() returned no DLPack capsule");
     }

@@ -116,8 +116,13 @@ template <class C>
 template <bool centred, class T, class C = Compute<T>>
 static void backward_row(RowBackward<T> row, int64_t D) {
   using V = Vec<C>;
-  const auto [x, dsum, weight, dout, first, dh, dweight, dbias, mean_, rstd_] = row;
-  const V mean = V::splat(mean_), rstd = V::splat(rstd_);
+  // not a structured binding: the loops below capture these, and Clang 16 refuses that under OpenMP
+  const auto x = row.h, dsum = row.dsum;
+  const auto weight = row.weight, dout = row.dout;
+  const int64_t first = row.dout_row;
+  const auto dh = row.dh;
+  const auto dweight = row.dweight, dbias = row.dbias;
+  const V mean = V::splat(row.mean), rstd = V::splat(row.rstd);
 
   C sum[2];  // of g and g xhat
   sum_row(D, sum, [&](int64_t i, int n, V* t) {

@@ -50,7 +50,9 @@ static const Table& choose() {
     }
     known << (known.tellp() > 0 ? ", " : "") << table->isa;
   }
-  fail(Kind::runtime, "PYKERN_ISA=", forced ? forced : "", " is not one of ", known.str());
+  PYKERN_CHECK(runtime, forced, "none of the ISAs that pykern was built for, ", known.str(),
+               ", runs on this processor");
+  fail(Kind::runtime, "PYKERN_ISA=", forced, " is not one of ", known.str());
 }
 
 static const Table& table() {

@@ -229,7 +229,8 @@ void prepare(Fiber& fiber, unsigned number, const Launch& launch) {
   const unsigned x = launch.block.x, y = launch.block.y;
   fiber.index = Dim3(number % x, number / x % y, number / (x * y));
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fiber.stack, kStack);  // of frames that the last thread here never left
+  __asan_unpoison_memory_region(fiber.stack,
+                                kStack);  // of frames that the last thread here never left
 #endif
   void** top = reinterpret_cast<void**>(fiber.stack + kStack);
   *--top = nullptr;  // alignment: as if fiber_main had been called
