@@ -198,7 +198,7 @@ def test_caches_that_cannot_be_written(case):
         arrays.attention_with_kvcache(**caches(k_cache=cache))
 
 
-def test_the_kernels_refuse_to_write_to_jax():
+def test_the_kernels_refuse_to_write_to_jax(jax):
     out = jax.numpy.zeros(3)
     with pytest.raises(ValueError, match="relu: out is read-only"):
         _C.activation_forward(np.ones(3, np.float32), out, kind="relu")
