@@ -1,4 +1,4 @@
-"""What test_nn_ranks.py starts on two ranks with torchrun: python nn_ranks_run.py OUT.
+"""What test_nn_ranks.py starts twice: python nn_ranks_run.py OUT RANK. The two meet in a file: a port may be taken.
 
 Every module of nn_cases.py whole (DDP) and sharded (FSDP2): each rank has inputs of its own, the gradients and one step
 of AdamW are those of one process with both. OUT/rank<r>.json says how far they are apart: {way: {module: distances}}.
@@ -61,9 +61,9 @@ def distances(wrapped, module, plain, inputs, rank):
     return found | {"parameters": distance((p.data for p in module.parameters()), (p.data for p in plain.parameters()))}
 
 
-def main(out: Path) -> None:
-    dist.init_process_group("gloo")
-    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+def main(out: Path, rank: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{out}/meeting", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ways = {
         "DDP": lambda module: DistributedDataParallel(module),
@@ -86,4 +86,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -17,11 +17,18 @@ WITHOUT_PARAMETERS = {"CrossEntropyLoss", "Sigmoid", "Softmax"}
 def found(tmp_path_factory):
     """What each rank saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*run, str(ROOT / "tests/nn_ranks_run.py"), str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run = [sys.executable, str(ROOT / "tests/nn_ranks_run.py"), str(folder)]
+    logs = [folder / f"rank{rank}.log" for rank in range(2)]
+    both = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as file:
+            both.append(subprocess.Popen([*run, str(rank)], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert codes == [0, 0], [log.read_text()[-3000:] for log in logs]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
