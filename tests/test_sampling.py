@@ -232,6 +232,24 @@ def test_broken_logits_give_no_token(dtype, options):
         assert sampler.draws.tolist() == [0]
 
 
+@pytest.mark.parametrize("V", [1, 7, 16, 47, 64, 101])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_in_whole_vectors_and_behind_them(dtype, V):
+    """The largest, or one that is broken, at every place: in a first vector, a later one, the tail; -inf around it."""
+    zero = torch.zeros(V, dtype=torch.int64)
+    low = torch.linspace(-3, -1, V).expand(V, V)
+    place = torch.eye(V, dtype=torch.bool)
+    largest = low.masked_fill(place, 2.0).to(dtype)
+    assert sample(largest, zero, zero, temperature=0.0).tolist() == list(range(V))
+    alone = torch.full((V, V), -math.inf).masked_fill(place, -5.0).to(dtype)
+    assert sample(alone, zero, zero, temperature=0.0).tolist() == list(range(V))
+    twice = largest.clone()
+    twice[:, -1] = 2.0
+    assert sample(twice, zero, zero, temperature=0.0).tolist() == list(range(V))  # the lowest of two equals
+    for broken in (math.nan, math.inf):
+        assert sample(low.masked_fill(place, broken).to(dtype), zero, zero, temperature=0.0).tolist() == [-1] * V
+
+
 # ---- independence
 
 
