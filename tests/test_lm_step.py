@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from lm_models import SHAPES, full_logits, make, random_ids
-from tools import EMULATED, of_the_cpu
+from tools import EMULATED, constant, of_the_cpu
 
 from pykern import _C, ops
 from pykern.lm.packing import GROUPS, pack, quantise
@@ -113,6 +113,22 @@ def test_threads_and_repetition_change_no_bit(dtype, threads, with_threads):
     first = with_threads(1, lambda: grow(model.session(dtype=dtype, batch=3), texts))
     for _ in range(2):
         assert_same(with_threads(threads, lambda: grow(model.session(dtype=dtype, batch=3), texts)), first)
+
+
+@of_the_cpu
+@pytest.mark.parametrize("dtype", STORED)
+def test_large_weights_are_dealt_in_rounds(dtype, with_threads):
+    """A head that three threads do not share at once, with an odd number of panels: the bits of one thread."""
+    V, E, bits = 8209, 256, {"bfloat16": 16, "int8": 8, "int4": 4}.get(dtype, 32)
+    (small,) = constant("cpu/panels.h", "kSmall")
+    assert V * E * bits // 8 > 3 * small
+    model = make(n_embd=E, n_head=4, vocab_size=V, block_size=16, **({"dtype": torch.bfloat16} if bits == 16 else {}))
+    ids = random_ids(2, 5, vocab=V)
+    first = with_threads(1, lambda: model.session(dtype=dtype, batch=2).prefill(ids))
+    for threads in (2, 3):
+        assert torch.equal(with_threads(threads, lambda: model.session(dtype=dtype, batch=2).prefill(ids)), first)
+    if dtype not in GROUPS:
+        assert torch.equal(first, full_logits(model, ids)[:, -1])
 
 
 @of_the_cpu

@@ -200,7 +200,8 @@ static void multiply_rows(const PackedWeight& w, const Compute<T>* a, const Comp
 // what is left, in whole groups of panels, so that the last tasks, which others wait for, are
 // short; of a small weight it deals all.
 struct Deal {
-  static constexpr int64_t kGroup = 4, kSmall = 256 << 10;  // panels; bytes a thread
+  static constexpr int64_t kGroup = 4;       // panels
+  static constexpr int64_t kSmall = 262144;  // bytes a thread
   int64_t panels, size;
   bool small;
 
