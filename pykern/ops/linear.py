@@ -131,7 +131,8 @@ def linear(
 
     x float32, float64, bfloat16 or float16 (sums in float32), the others in its dtype; a half x may have float32 weight
     and bias, and a float32 residual makes out float32. Under torch.autocast x is cast, float32 weights and residuals
-    are not: the kernel rounds the weight while it reads it. Sums are float32 or wider.
+    are not: the kernel rounds the weight while it reads it. Sums are float32 or wider; on
+    CUDA, where torch.backends.cuda.matmul allows tf32, the factors of float32 products are rounded to it.
     activation: None, "relu", "gelu", "gelu_tanh", "silu" or "sigmoid". The bits of a row do not
     depend on the number of rows or threads. Rows whose strides do not nest are copied first.
     TypeError: not a tensor, mixed or other dtypes. ValueError: shapes, devices, activation.
